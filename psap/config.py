@@ -1,0 +1,134 @@
+"""Configuration: frozen dataclasses, validated once when they are made."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from psap.errors import ArgumentError, ArgumentTypeError
+
+Protect = Literal["gate", "pulse", "none"]
+Schedule = Literal["cubic", "linear"]
+Adapt = Literal["sparsity", "uniform"]
+
+
+def _real(owner: str, name: str, value: Any, low: float, high: float, wanted: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ArgumentTypeError(f"{owner}.{name} is {value!r}; pass a number {wanted}")
+    if not math.isfinite(value) or not low <= value <= high:
+        raise ArgumentError(f"{owner}.{name} is {value!r}; pass a number {wanted}")
+
+
+def _whole(owner: str, name: str, value: Any, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ArgumentTypeError(f"{owner}.{name} is {value!r}; pass a whole number >= {low}")
+    if value < low:
+        raise ArgumentError(f"{owner}.{name} is {value!r}; pass a whole number >= {low}")
+
+
+def _choice(owner: str, name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ArgumentError(f"{owner}.{name} is {value!r}; pass one of {', '.join(allowed)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What the small network may cost, as shares of the dense network; give one or both.
+
+    Attributes:
+        macs: kept share of the multiply-accumulates, in (0, 1].
+        parameters: kept share of the parameters, in (0, 1].
+
+    Raises:
+        ArgumentError: neither is given, or one is outside (0, 1].
+        ArgumentTypeError: one is not a number.
+    """
+
+    macs: float | None = None
+    parameters: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.macs is None and self.parameters is None:
+            raise ArgumentError("Target has no bound; pass macs=0.3 or parameters=0.3, for example")
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if value is not None:
+                wanted = "in (0, 1]: the share that is kept"
+                _real("Target", item.name, value, math.nextafter(0.0, 1.0), 1.0, wanted)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """How a `Pruner` prunes. The symbols are those of docs/method.md.
+
+    Attributes:
+        target: what the small network may cost.
+        prune_steps: n, how many `Pruner.step()` calls prune (the last one reaches the target).
+        warmup: `Pruner.step()` calls before the first one that prunes.
+        interval: one in this many `Pruner.step()` calls prunes.
+        schedule: how the kept share falls over the prune steps.
+        adapt: layer ratios from the weight sparsity ratio, or the same ratio everywhere.
+        sparsity_alpha: a weight is sparse if ``|w| < sparsity_alpha * std(layer)``.
+        sparsity_power: exponent of the sparsity ratio in the pruning ratio.
+        sparsity_ema: weight of the past in the moving average of the sparsity ratio.
+        stream_factor: factor on the pruning ratio of groups with several producers (residual
+            streams).
+        max_ratio: no group loses a larger share of its channels.
+        min_channels: no group keeps fewer channels.
+        round_to: kept widths are multiples of this where the group allows.
+        score: importance of a filter, layer-normalised.
+        protect: "gate" keeps saved copies behind an epsilon gate; "pulse" also supervises gradients
+            after each prune step and restores filters; "none" zeroes the filters.
+        gate_eps: factor of the gate.
+        window: K, optimizer steps of supervision after each prune step (protect="pulse").
+        z_threshold: significance that a restored filter must reach.
+        restore_share: largest share of freshly pruned filters that one window restores.
+        restore_bonus: added to the score of a restored filter.
+        verify: prove shrunk == masked in float64 before `Pruner.finish` hands out the result.
+
+    Raises:
+        ArgumentError: a value is out of range.
+        ArgumentTypeError: a value has the wrong type.
+    """
+
+    target: Target = field(default_factory=lambda: Target(macs=0.5))
+    prune_steps: int = 5
+    warmup: int = 0
+    interval: int = 1
+    schedule: Schedule = "cubic"
+    adapt: Adapt = "sparsity"
+    sparsity_alpha: float = 0.5
+    sparsity_power: float = 2.0
+    sparsity_ema: float = 0.5
+    stream_factor: float = 1.0
+    max_ratio: float = 0.9
+    min_channels: int = 2
+    round_to: int = 1
+    score: Literal["l1", "l2"] = "l2"
+    protect: Protect = "gate"
+    gate_eps: float = 1e-3
+    window: int = 8
+    z_threshold: float = 3.0
+    restore_share: float = 0.1
+    restore_bonus: float = 0.3
+    verify: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.target, Target):
+            raise ArgumentTypeError(
+                f"Config.target is {self.target!r}; pass psap.Target(macs=0.3), for example"
+            )
+        for name, low in (("prune_steps", 1), ("warmup", 0), ("interval", 1), ("window", 1)):
+            _whole("Config", name, getattr(self, name), low)
+        for name in ("min_channels", "round_to"):
+            _whole("Config", name, getattr(self, name), 1)
+        share = "in [0, 1]"
+        for name in ("sparsity_ema", "max_ratio", "restore_share", "gate_eps", "stream_factor"):
+            _real("Config", name, getattr(self, name), 0.0, 1.0, share)
+        for name in ("sparsity_alpha", "sparsity_power", "z_threshold", "restore_bonus"):
+            _real("Config", name, getattr(self, name), 0.0, 1e6, ">= 0")
+        _choice("Config", "schedule", self.schedule, ("cubic", "linear"))
+        _choice("Config", "adapt", self.adapt, ("sparsity", "uniform"))
+        _choice("Config", "protect", self.protect, ("gate", "pulse", "none"))
+        _choice("Config", "score", self.score, ("l1", "l2"))

@@ -1,0 +1,184 @@
+"""Export: ONNX and torch.export files with plain operators, checked against PyTorch.
+
+Nothing of psap is inside the files: a small network is an ordinary network.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from psap.errors import PsapError, VerificationError
+from psap.graph.trace import as_inputs, output_tensors, untouched
+from psap.recipe import Path_, check_is_result, replacing
+from psap.shrink import Result
+
+TOLERANCE = 1e-4
+"""Largest difference from PyTorch, relative to the largest output, in the model's own precision."""
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Exporters warn about their own internals; a failure still raises."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _inputs(value: Result | nn.Module, example_inputs: Any) -> tuple[Any, ...]:
+    if example_inputs is None and isinstance(value, Result):
+        example_inputs = value.inputs
+    inputs = as_inputs(example_inputs)
+    tensors = [x for x in inputs if isinstance(x, Tensor) and x.dim()]
+    if all(x.shape[0] == 1 for x in tensors):  # a batch of one would be taken for a constant
+        return tuple(
+            x.expand(2, *x.shape[1:]).contiguous() if isinstance(x, Tensor) and x.dim() else x
+            for x in inputs
+        )
+    return inputs
+
+
+def _program(model: nn.Module, inputs: tuple[Any, ...], dynamic_batch: bool) -> Any:
+    batch = torch.export.Dim("batch", min=1)
+    shapes = tuple({0: batch} if isinstance(x, Tensor) and x.dim() else None for x in inputs)
+    try:
+        with _quiet(), untouched(model):
+            model.eval()
+            return torch.export.export(
+                model, inputs, dynamic_shapes=shapes if dynamic_batch else None
+            )
+    except Exception as error:
+        hint = "; try dynamic_batch=False" if dynamic_batch else ""
+        raise PsapError(
+            f"torch.export failed on {type(model).__name__}: {type(error).__name__}: {error}{hint}"
+        ) from error
+
+
+def _expected(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
+    with untouched(model):
+        return output_tensors(model.eval()(*inputs))
+
+
+def _difference(wanted: list[Tensor], got: list[Tensor], what: str) -> float:
+    """Largest absolute difference; refuses one that is large for the size of the outputs."""
+    if [tuple(x.shape) for x in wanted] != [tuple(x.shape) for x in got]:
+        raise VerificationError(
+            f"{what} gives outputs of other shapes than PyTorch; nothing was written"
+        )
+    worst = 0.0
+    for a, b in zip(wanted, got, strict=True):
+        difference = float((a.double() - b.double().to(a.device)).abs().max()) if a.numel() else 0.0
+        scale = float(a.double().abs().max()) if a.numel() else 0.0
+        if not difference <= TOLERANCE * max(scale, 1.0):
+            raise VerificationError(
+                f"{what} differs from PyTorch by {difference:.2e}; nothing was written"
+            )
+        worst = max(worst, difference)
+    return worst
+
+
+def export_onnx(
+    model: Result | nn.Module,
+    path: Path_,
+    example_inputs: Any = None,
+    *,
+    dynamic_batch: bool = True,
+    check: bool = True,
+) -> float | None:
+    """Write an ONNX file in evaluation mode, and run it in ONNX Runtime against PyTorch.
+
+    Args:
+        model: a result or any module; it is not changed.
+        path: where to; replaced atomically, and only if the check holds.
+        example_inputs: a tensor or a tuple; by default what the result was traced with.
+        dynamic_batch: let the first dimension of every input vary.
+        check: compare with PyTorch in ONNX Runtime.
+
+    Returns:
+        The largest absolute difference from PyTorch, or None without check.
+
+    Raises:
+        PsapError: a package is missing (``pip install psap[onnx]``), or the export failed.
+        VerificationError: the file computes something else.
+        FileError: the file cannot be written.
+    """
+    module = check_is_result(model)
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401 - the exporter needs it
+    except ImportError as error:
+        raise PsapError(f"{error.name} is missing; pip install 'psap[onnx]'") from error
+    inputs = _inputs(model, example_inputs)
+    exported = _program(module, inputs, dynamic_batch)
+    with replacing(path) as temporary:
+        try:
+            with _quiet():
+                torch.onnx.export(
+                    exported, f=str(temporary), dynamo=True, verbose=False, external_data=False
+                )
+        except Exception as error:
+            raise PsapError(f"ONNX export failed: {type(error).__name__}: {error}") from error
+        if not check:
+            return None
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        session = onnxruntime.InferenceSession(
+            str(temporary), options, providers=["CPUExecutionProvider"]
+        )
+        tensors = [x for x in inputs if isinstance(x, Tensor)]
+        feeds = {
+            i.name: x.detach().cpu().numpy()
+            for i, x in zip(session.get_inputs(), tensors, strict=True)
+        }
+        got = [torch.from_numpy(y) for y in session.run(None, feeds)]
+        return _difference(_expected(module, inputs), got, "the ONNX file")
+
+
+def export_pt2(
+    model: Result | nn.Module,
+    path: Path_,
+    example_inputs: Any = None,
+    *,
+    dynamic_batch: bool = True,
+    check: bool = True,
+) -> float | None:
+    """Write a ``torch.export`` file (.pt2) in evaluation mode, and load it back to compare.
+
+    Args:
+        model: a result or any module; it is not changed.
+        path: where to; replaced atomically, and only if the check holds.
+        example_inputs: a tensor or a tuple; by default what the result was traced with.
+        dynamic_batch: let the first dimension of every input vary.
+        check: compare the loaded file with PyTorch.
+
+    Returns:
+        The largest absolute difference from PyTorch, or None without check.
+
+    Raises:
+        PsapError: the export failed.
+        VerificationError: the file computes something else.
+        FileError: the file cannot be written.
+    """
+    module = check_is_result(model)
+    inputs = _inputs(model, example_inputs)
+    exported = _program(module, inputs, dynamic_batch)
+    with replacing(path) as temporary:
+        with temporary.open("wb") as opened:
+            torch.export.save(exported, opened)
+        if not check:
+            return None
+        with _quiet(), temporary.open("rb") as opened, torch.no_grad():
+            got = output_tensors(torch.export.load(opened).module()(*inputs))
+        return _difference(_expected(module, inputs), got, "the .pt2 file")

@@ -1,0 +1,187 @@
+"""Rules of convolutions, matrix products and norms: they read channels and give new ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from psap.graph.common import channels_along, first, freeze_all
+from psap.graph.labels import plain
+from psap.graph.trace import Args, Tracer, View
+
+
+def _consume(t: Tracer, x: Tensor, dim: int, weight: Tensor, weight_dim: int, op: str) -> None:
+    """Tie the channels of ``x`` to the input side of a weight."""
+    side = t.claim(weight, weight_dim, "in")
+    labels = t.get(x)
+    if labels is None:
+        t.freeze(side, "reads data that has no channels to prune")
+        return
+    t.settle(labels)
+    channels = channels_along(t, labels, dim, op)
+    if channels is None:
+        t.freeze(side, f"reads channels that {op} cannot lose")
+    else:
+        t.labels.unite(channels, side)
+
+
+def convolution(t: Tracer, a: Args, out: Tensor) -> None:
+    """Read channels on one side of the weight, give those of the other side."""
+    x, weight, bias, groups = a["input"], a["weight"], a["bias"], int(a["groups"])
+    view = t.view(weight)
+    if view is None:
+        freeze_all(t, "the weight of a convolution is computed in forward", x)
+        return
+    reads, gives = (0, 1) if a["transposed"] else (1, 0)
+    if groups > 1:
+        labels = None if a["transposed"] else _grouped(t, x, weight, groups)
+        if labels is None:
+            freeze_all(t, "no rule for this grouped convolution", x)
+            t.freeze_parameter(view, "no rule for this grouped convolution")
+            return
+    else:
+        _consume(t, x, 1, weight, reads, "convolution")
+        labels = t.claim(weight, gives, "out")
+    if bias is not None and t.view(bias) is not None:
+        t.labels.unite(t.claim(bias, 0, "out"), labels)
+    elif bias is not None:
+        labels = t.taint(labels, "a bias that is computed in forward")
+    positions = x.numel() // x.shape[1] if a["transposed"] else out.numel() // out.shape[1]
+    t.count(view.name, float(positions))
+    t.made_by(out, view.name)
+    t.set(out, labels.view(1, -1, *[1] * (out.dim() - 2)))
+
+
+def _grouped(t: Tracer, x: Tensor, weight: Tensor, groups: int) -> Tensor | None:
+    """Tie the channels of all convolution groups at the same offset; depthwise ones follow x."""
+    labels = t.get(x)
+    gives = t.claim(weight, 0, "out")
+    if labels is None:
+        return None
+    channels = channels_along(t, labels, 1, "grouped convolution")
+    if channels is None:
+        return None
+    if weight.shape[1] == 1:
+        t.settle(labels)
+        t.labels.freeze(t.claim(weight, 1, "in"), "depthwise")
+        t.labels.unite(channels.repeat_interleave(weight.shape[0] // groups), gives)
+        return gives
+    t.settle(labels)
+    by_group = channels.view(groups, -1)
+    t.labels.unite(by_group, t.claim(weight, 1, "in"))
+    rows = gives.view(groups, -1)
+    t.labels.unite(rows, rows[0])
+    return gives
+
+
+def _product(t: Tracer, x: Tensor, weight: Tensor, bias: Any, out: Tensor) -> None:
+    """``out = x @ weight (+ bias)`` with weight [in, out] a permuted parameter."""
+    view = t.view(weight)
+    if view is None or weight.dim() != 2 or t.view(x) is not None:
+        freeze_all(t, "a product of two activations", x, weight, bias)
+        t.fixed_macs += out.numel() * x.shape[-1] if t.counting else 0
+        return
+    _consume(t, x, x.dim() - 1, weight, 0, "linear")
+    labels = t.claim(weight, 1, "out")
+    if isinstance(bias, Tensor) and t.view(bias) is not None:
+        if bias.dim() == 1 and bias.shape == labels.shape:
+            t.labels.unite(t.claim(bias, 0, "out"), labels)
+        else:
+            t.freeze(labels, "a bias of another shape than the output of linear")
+    elif isinstance(bias, Tensor):
+        labels = t.taint(labels, "adding to a matrix product")
+        freeze_all(t, "added inside a matrix product", bias)
+    t.count(view.name, out.numel() / out.shape[-1])
+    t.made_by(out, view.name)
+    t.set(out, labels)
+
+
+def mm(t: Tracer, a: Args, out: Tensor) -> None:
+    """``self @ mat2``."""
+    _product(t, a["self"], a["mat2"], None, out)
+
+
+def addmm(t: Tracer, a: Args, out: Tensor) -> None:
+    """``self + mat1 @ mat2`` with both factors one."""
+    bias = a["self"]
+    if a["beta"] != 1 or a["alpha"] != 1:
+        freeze_all(t, "addmm with scaling", bias, a["mat1"], a["mat2"])
+        return
+    _product(t, a["mat1"], a["mat2"], bias, out)
+
+
+def linear(t: Tracer, a: Args, out: Tensor) -> None:
+    """``input @ weight.T + bias`` where it reaches the dispatcher whole."""
+    weight = a["weight"]
+    view = t.view(weight)
+    if view is not None and weight.dim() == 2:
+        flipped = weight.detach().t()
+        t.set_view(flipped, View(view.name, view.dims[::-1]))
+        weight = flipped
+    _product(t, a["input"], weight, a["bias"], out)
+
+
+def bmm(t: Tracer, a: Args, out: Tensor) -> None:
+    """A product of two activations: nothing is pruned through it, but it costs MACs."""
+    x = a["self"]
+    freeze_all(t, "a product of two activations", x, a["mat2"])
+    t.fixed_macs += out.numel() * x.shape[-1] if t.counting else 0
+
+
+def batch_norm(t: Tracer, a: Args, out: Any) -> None:
+    """Per-channel statistics and an affine pair; a zeroed pair makes the channel zero."""
+    x, y = a["input"], first(out)
+    vectors = [a.get(key) for key in ("weight", "bias", "running_mean", "running_var")]
+    labels = t.get(x)
+    channels = None if labels is None else channels_along(t, labels, 1, "batch norm")
+    if labels is None or channels is None:
+        for vector in vectors:
+            if vector is not None and (view := t.view(vector)) is not None:
+                t.freeze_parameter(view, "normalises data that has no channels to prune")
+                t.keep_view(vector)
+        return
+    for vector, role in zip(vectors, ("out", "out", "out", "state"), strict=True):
+        if isinstance(vector, Tensor) and t.view(vector) is not None:
+            t.labels.unite(t.claim(vector, 0, role), channels)
+    weight = vectors[0]
+    affine = isinstance(weight, Tensor) and (view := t.view(weight)) is not None
+    if affine:
+        labels = plain(labels)
+        t.affine.update(v.name for v in map(t.view, vectors[:2]) if v is not None)
+        source = t.origin(x)
+        if source is not None and view is not None:
+            t.normalised.setdefault(source, set()).add(view.name)
+    t.set(y, labels)
+
+
+def layer_norm(t: Tracer, a: Args, out: Any) -> None:
+    """Statistics over the last dimensions: exact only if no channel lies there."""
+    _statistics_over(t, a, out, len(a["normalized_shape"]))
+
+
+def _statistics_over(t: Tracer, a: Args, out: Any, last: int) -> None:
+    labels = t.get(a["input"])
+    if labels is None:
+        return
+    if any(labels.shape[dim] > 1 for dim in range(labels.dim() - last, labels.dim())):
+        t.freeze(labels, "layer norm over the channels: its statistics would change")
+    else:
+        t.set(first(out), t.taint(labels, "layer norm"))
+
+
+def group_norm(t: Tracer, a: Args, out: Any) -> None:
+    """Statistics over groups of channels: exact only if every channel is its own group."""
+    labels = t.get(a["input"])
+    if labels is None:
+        return
+    channels = channels_along(t, labels, 1, "group norm")
+    if channels is None:
+        return
+    if int(a["group"]) != channels.numel():
+        t.freeze(labels, "group norm over several channels: its statistics would change")
+        return
+    for vector in (a["weight"], a["bias"]):
+        if isinstance(vector, Tensor) and t.view(vector) is not None:
+            t.labels.unite(t.claim(vector, 0, "out"), channels)
+    t.set(first(out), labels if a["weight"] is None else plain(labels))

@@ -1,0 +1,165 @@
+"""Rules of element-wise ops: they unite the channels of their operands, and may move zero."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from psap.graph.common import channels_along, first, freeze_all
+from psap.graph.labels import plain, tainted
+from psap.graph.trace import Args, Rule, Tracer
+
+
+def keeps_zero(t: Tracer, a: Args, out: Any) -> None:
+    """f(0) = 0: the channel stays zero."""
+    x = next(iter(a.values()))
+    labels = t.get(x)
+    if labels is not None:
+        t.set(first(out), labels)
+
+
+def moves_zero(name: str) -> Rule:
+    """f(0) != 0: the channel stays apart, but a pruned one is no longer zero."""
+
+    def rule(t: Tracer, a: Args, out: Any) -> None:
+        x = next(iter(a.values()))
+        labels = t.get(x)
+        if labels is not None:
+            t.set(first(out), t.taint(labels, name))
+
+    return rule
+
+
+def clamp(t: Tracer, a: Args, out: Tensor) -> None:
+    """Keeps zero if zero lies between the bounds."""
+    low = a.get("min", a.get("min_val"))
+    high = a.get("max", a.get("max_val"))
+    numbers = [v for v in (low, high) if v is not None]
+    inside = all(not isinstance(v, Tensor) for v in numbers)
+    inside = inside and (low is None or low <= 0) and (high is None or high >= 0)
+    (keeps_zero if inside else moves_zero("clamp"))(t, a, out)
+
+
+def power(t: Tracer, a: Args, out: Tensor) -> None:
+    """Keeps zero for a positive exponent."""
+    exponent = a["exponent"]
+    positive = isinstance(exponent, (int, float)) and exponent > 0
+    (keeps_zero if positive else moves_zero("pow"))(t, a, out)
+
+
+def prelu(t: Tracer, a: Args, out: Tensor) -> None:
+    """A slope per channel, or one for all."""
+    labels = t.get(a["self"])
+    weight = a["weight"]
+    if labels is None:
+        return
+    if weight.numel() == 1:
+        t.keep_view(weight)
+    else:
+        channels = channels_along(t, labels, 1, "prelu")
+        if channels is None:
+            return
+        view = t.view(weight)
+        dims = [d for d in range(weight.dim()) if weight.shape[d] > 1]
+        if view is None or len(dims) != 1:
+            t.freeze(labels, "prelu with a computed slope")
+            return
+        t.labels.unite(t.claim(weight, dims[0], "slope"), channels)
+    t.set(out, labels)
+
+
+def _operand(t: Tracer, x: Any, like: Tensor) -> Tensor | None:
+    """Labels of an operand; a parameter takes its labels where those of ``like`` vary."""
+    labels = t.get(x)
+    view = t.view(x)
+    if labels is not None or view is None:
+        return labels
+    if x.numel() == 1:
+        t.keep_view(x)
+        return None
+    offset = like.dim() - x.dim()
+    varying = [d - offset for d in range(like.dim()) if like.shape[d] > 1]
+    if len(varying) != 1 or not 0 <= varying[0] < x.dim() or x.shape[varying[0]] == 1:
+        t.keep_view(x)
+        return None
+    dim = varying[0]
+    if x.shape[dim] != like.shape[dim + offset]:
+        return None
+    side = t.claim(x, dim, "out")
+    return side.view([-1 if d == dim else 1 for d in range(x.dim())])
+
+
+def _binary(t: Tracer, a: Args, out: Tensor, product: bool, name: str) -> None:
+    x, y = a["self"], a["other"]
+    known = t.get(x) if t.get(x) is not None else t.get(y)
+    if known is None:
+        return
+    sides = [_operand(t, x, known), _operand(t, y, known)]
+    for index, (tensor, labels) in enumerate(((x, sides[0]), (y, sides[1]))):
+        other = sides[1 - index]
+        if labels is None:
+            if other is None:
+                return
+            t.set(out, _with_constant(t, other, tensor, product, name))
+            return
+    left, right = _same_rank(sides[0], sides[1])
+    if _spread(t, (x, left), (y, right), out, product, name):
+        return
+    t.labels.unite(left, right)
+    bits = tainted(left) & tainted(right) if product else tainted(left) | tainted(right)
+    t.set(out, plain(left) + torch.zeros_like(plain(right)) | bits)
+
+
+def _same_rank(a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor]:
+    assert a is not None and b is not None
+    rank = max(a.dim(), b.dim())
+    left, right = (x.view([1] * (rank - x.dim()) + list(x.shape)) for x in (a, b))
+    return left, right
+
+
+def _with_constant(t: Tracer, labels: Tensor, constant: Any, product: bool, name: str) -> Tensor:
+    """Labels after an operand that has none: a number, or data without channels."""
+    if isinstance(constant, Tensor) and constant.dim():
+        offset = labels.dim() - constant.dim()
+        for dim in range(constant.dim()):
+            at = dim + offset
+            if constant.shape[dim] > 1 and 0 <= at < labels.dim() and labels.shape[at] > 1:
+                t.freeze(labels, f"{name} with data that has a fixed number of channels")
+    elif not isinstance(constant, Tensor) and (product or constant == 0):
+        return labels
+    return labels if product else t.taint(labels, f"{name} of a constant")
+
+
+def _spread(
+    t: Tracer, x: tuple[Any, Tensor], y: tuple[Any, Tensor], out: Tensor, product: bool, name: str
+) -> bool:
+    """One operand is broadcast over the channels of the other: it may not be pruned."""
+    for (small, narrow), (_, wide) in ((x, y), (y, x)):
+        offset = wide.dim() - small.dim()
+        for dim in range(wide.dim()):
+            size = small.shape[dim - offset] if dim >= offset else 1
+            if size == 1 and wide.shape[dim] > 1 and wide.shape[dim] != narrow.shape[dim]:
+                t.freeze(narrow, f"{name} spreads it over other channels")
+                t.set(out, wide if product else t.taint(wide, f"{name} of a spread channel"))
+                return True
+    return False
+
+
+def add(t: Tracer, a: Args, out: Tensor) -> None:
+    """Sum or difference, or a maximum or minimum: zero if both sides are."""
+    _binary(t, a, out, False, "add")
+
+
+def mul(t: Tracer, a: Args, out: Tensor) -> None:
+    """Product: zero if one side is."""
+    _binary(t, a, out, True, "mul")
+
+
+def div(t: Tracer, a: Args, out: Tensor) -> None:
+    """Quotient: the numerator decides; channels in the denominator may not vanish."""
+    if t.get(a["other"]) is not None or t.view(a["other"]) is not None:
+        freeze_all(t, "a channel is divided by", a["self"], a["other"])
+        return
+    _binary(t, a, out, True, "div")

@@ -1,0 +1,301 @@
+"""From labels to channel groups: what can be pruned together, and why the rest is left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from psap.errors import TraceError
+from psap.graph.labels import Ints
+from psap.graph.rules import RULES
+from psap.graph.trace import Call, Tracer, as_inputs, check_model, run, untouched
+
+Side = tuple[str, int]
+"""A dimension of a parameter or buffer: its name, and the dimension."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Channels that occur in the same places of the network.
+
+    Attributes:
+        name: the first layer that produces them; a number is added where one layer has several
+            groups.
+        size: C_g, the number of channels.
+        start: id of the first one; the channels of a group are numbered consecutively.
+        sides: every dimension of a parameter or buffer that shrinks with the group, with how many
+            positions a channel has there.
+        producers: weights whose filters make the channels.
+        layers: modules that shrink.
+    """
+
+    name: str
+    size: int
+    start: int
+    sides: Mapping[Side, int]
+    producers: tuple[str, ...]
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The channels of a model: what `psap.trace` returns.
+
+    Attributes:
+        model: the model that was traced (not copied).
+        inputs: the example inputs.
+        groups: everything that can be pruned.
+        channels: for every side, the channel id at each position, or -1 where it is fixed.
+        roles: for every side, "out" if zeros there make the channel zero, "in" if the channel is
+            read there, "state" or "slope" else.
+        shapes: shape of every parameter and buffer.
+        calls: every use of a weight, for the cost model.
+        fixed_macs: MACs of products of activations, for the whole batch.
+        batch: size of the first dimension of the first input.
+        normalised: batch norm weights that follow a convolution directly, by its weight.
+        affine: names of all affine parameters of batch norms.
+        left_alone: the reason for every layer whose outputs cannot be pruned.
+        unknown_ops: ATen ops that no rule covers, with how often they were met.
+    """
+
+    model: nn.Module
+    inputs: tuple[Any, ...]
+    groups: tuple[Group, ...]
+    channels: Mapping[Side, Ints]
+    roles: Mapping[Side, str]
+    shapes: Mapping[str, tuple[int, ...]]
+    calls: tuple[Call, ...]
+    fixed_macs: float
+    batch: int
+    normalised: Mapping[str, tuple[str, ...]]
+    affine: frozenset[str]
+    left_alone: Mapping[str, str]
+    unknown_ops: Mapping[str, int]
+    group_of: Ints = field(repr=False)
+
+    def __repr__(self) -> str:
+        channels = sum(group.size for group in self.groups)
+        return (
+            f"Graph({type(self.model).__name__}: {len(self.groups)} groups, {channels} channels, "
+            f"{len(self.left_alone)} layers left alone)"
+        )
+
+
+def trace(model: nn.Module, example_inputs: Any) -> Graph:
+    """Find the channel groups of a model by running it once.
+
+    The model is left as it was: parameters, buffers, train flags, random state.
+
+    Args:
+        model: an eager ``nn.Module`` on one device.
+        example_inputs: a tensor, or a tuple of the positional inputs, on the model's device. Sizes
+            other than the batch should be those of the real data.
+
+    Returns:
+        The channel graph.
+
+    Raises:
+        ArgumentTypeError: the model is no eager module, or the inputs are no tensors.
+        ArgumentError: the model has no parameters or lies on several devices.
+        TraceError: the model failed on the inputs.
+    """
+    model = check_model(model)
+    inputs = as_inputs(example_inputs)
+    tracer = Tracer(model, RULES)
+    with untouched(model):
+        run(tracer, model, inputs, training=False)
+        reached = {name for name, _ in tracer.along}
+        if any(name not in reached for name, _ in model.named_parameters()):
+            tracer.counting = False
+            _run_auxiliary(tracer, model, inputs)
+    return build(model, inputs, tracer)
+
+
+def _run_auxiliary(tracer: Tracer, model: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Parameters that evaluation does not reach may belong to heads of train mode."""
+    try:
+        run(tracer, model, inputs, training=True)
+    except TraceError:
+        doubled = _doubled(inputs)
+        if doubled is None:
+            raise
+        run(tracer, model, doubled, training=True)
+
+
+def _doubled(inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """The same inputs as a batch of two: batch norm refuses one value per channel."""
+    if all(hasattr(x, "shape") and x.dim() and x.shape[0] == 1 for x in inputs):
+        return tuple(x.expand(2, *x.shape[1:]).contiguous() for x in inputs)
+    return None
+
+
+def build(model: nn.Module, inputs: tuple[Any, ...], tracer: Tracer) -> Graph:
+    """Resolve the labels of a finished trace into groups."""
+    root, frozen = tracer.labels.resolve()
+    roots = {side: root[labels.numpy()] for side, labels in tracer.along.items()}
+    owners = _owners(model)
+    _respect_frozen(model, roots, frozen)
+    weights = {call.weight for call in tracer.calls}
+    alive = _prunable(roots, tracer.roles, weights, frozen, tracer.labels.count)
+    channel, groups = _group(roots, alive, tracer.roles, weights, owners)
+    channels = {side: channel[components] for side, components in roots.items()}
+    group_of = np.repeat(np.arange(len(groups)), [group.size for group in groups])
+    return Graph(
+        model=model,
+        inputs=inputs,
+        groups=groups,
+        channels=channels,
+        roles=dict(tracer.roles),
+        shapes=dict(tracer.shapes),
+        calls=tuple(tracer.calls),
+        fixed_macs=tracer.fixed_macs,
+        batch=max(1, _batch(inputs)),
+        normalised={k: tuple(sorted(v)) for k, v in tracer.normalised.items()},
+        affine=frozenset(tracer.affine),
+        left_alone=_reasons(channels, roots, frozen, weights, owners, tracer),
+        unknown_ops=dict(tracer.unknown),
+        group_of=group_of.astype(np.int64),
+    )
+
+
+def _respect_frozen(model: nn.Module, roots: Mapping[Side, Ints], frozen: dict[int, str]) -> None:
+    """A parameter that does not train keeps its shape."""
+    still = {name for name, p in model.named_parameters() if not p.requires_grad}
+    for (name, _), components in roots.items():
+        if name in still:
+            for component in np.unique(components).tolist():
+                frozen.setdefault(component, f"{name} is frozen (requires_grad is False)")
+
+
+def _batch(inputs: tuple[Any, ...]) -> int:
+    return next((int(x.shape[0]) for x in inputs if hasattr(x, "shape") and len(x.shape)), 1)
+
+
+def _owners(model: nn.Module) -> dict[str, str]:
+    """Name of the module of every parameter and buffer."""
+    names = [n for n, _ in model.named_parameters()] + [n for n, _ in model.named_buffers()]
+    return {name: name.rpartition(".")[0] for name in names}
+
+
+def _prunable(
+    roots: Mapping[Side, Ints],
+    roles: Mapping[Side, str],
+    weights: set[str],
+    frozen: dict[int, str],
+    count: int,
+) -> NDArrayBool:
+    """Components that some weight produces, and that nothing freezes."""
+    alive = np.zeros(count, dtype=bool)
+    for side, components in roots.items():
+        if roles[side] == "out" and side[0] in weights:
+            alive[components] = True
+    if frozen:
+        alive[np.fromiter(frozen, dtype=np.int64)] = False
+    return alive
+
+
+NDArrayBool = np.ndarray[Any, np.dtype[np.bool_]]
+
+
+def _group(
+    roots: Mapping[Side, Ints],
+    alive: NDArrayBool,
+    roles: Mapping[Side, str],
+    weights: set[str],
+    owners: Mapping[str, str],
+) -> tuple[Ints, tuple[Group, ...]]:
+    """Gather components with the same sides; number their channels group after group."""
+    sides = list(roots)
+    signature = np.zeros(alive.size, dtype=np.uint64)
+    first = np.full(alive.size, np.iinfo(np.int64).max)
+    at = 0
+    for index, side in enumerate(sides):
+        components, counts = np.unique(roots[side], return_counts=True)
+        signature[components] += _mix(index, counts)
+        order = np.full(components.size, at) + np.arange(components.size)
+        first[components] = np.minimum(first[components], order)
+        at += roots[side].size
+    chosen = np.flatnonzero(alive)
+    chosen = chosen[np.argsort(first[chosen], kind="stable")]
+    channel = np.full(alive.size, -1, dtype=np.int64)
+    members: dict[int, list[int]] = {}
+    for component in chosen.tolist():
+        members.setdefault(int(signature[component]), []).append(component)
+    in_group = np.full(alive.size, -1, dtype=np.int64)
+    start = 0
+    starts, sizes = [], []
+    for number, found in enumerate(members.values()):
+        channel[found] = np.arange(start, start + len(found))
+        in_group[found] = number
+        starts.append(start)
+        sizes.append(len(found))
+        start += len(found)
+    shared = _sides(roots, in_group, sizes)
+    return channel, _named(starts, sizes, shared, roles, weights, owners)
+
+
+def _mix(index: int, counts: Ints) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """A fixed 64-bit hash of (side, count), to be added over the sides of a component."""
+    with np.errstate(over="ignore"):
+        x = (np.uint64(index + 1) << np.uint64(32)) + counts.astype(np.uint64)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        mixed: np.ndarray[Any, np.dtype[np.uint64]] = x ^ (x >> np.uint64(31))
+        return mixed
+
+
+def _sides(roots: Mapping[Side, Ints], in_group: Ints, sizes: list[int]) -> list[dict[Side, int]]:
+    shared: list[dict[Side, int]] = [{} for _ in sizes]
+    for side, components in roots.items():
+        numbers, counts = np.unique(in_group[components], return_counts=True)
+        for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
+            if number >= 0:
+                shared[number][side] = count // sizes[number]
+    return shared
+
+
+def _named(
+    starts: list[int],
+    sizes: list[int],
+    shared: list[dict[Side, int]],
+    roles: Mapping[Side, str],
+    weights: set[str],
+    owners: Mapping[str, str],
+) -> tuple[Group, ...]:
+    used: dict[str, int] = {}
+    groups = []
+    for start, size, sides in zip(starts, sizes, shared, strict=True):
+        makers = dict.fromkeys(n for n, d in sides if roles[n, d] == "out" and n in weights)
+        name = owners[next(iter(makers))] or next(iter(makers))
+        used[name] = used.get(name, 0) + 1
+        name += f"#{used[name]}" if used[name] > 1 else ""
+        layers = tuple(dict.fromkeys(owners[n] or n for n, _ in sides))
+        groups.append(Group(name, size, start, sides, tuple(makers), layers))
+    return tuple(groups)
+
+
+def _reasons(
+    channels: Mapping[Side, Ints],
+    roots: Mapping[Side, Ints],
+    frozen: Mapping[int, str],
+    weights: set[str],
+    owners: Mapping[str, str],
+    tracer: Tracer,
+) -> dict[str, str]:
+    """Why the outputs of a layer are left alone, for every layer that makes channels."""
+    reasons: dict[str, str] = {}
+    for name in tracer.shapes:
+        sides = [s for s in roots if s[0] == name and tracer.roles[s] == "out"]
+        if name not in weights or any((channels[side] >= 0).any() for side in sides):
+            continue
+        found = [frozen[c] for side in sides for c in roots[side].tolist() if c in frozen]
+        reasons[owners[name] or name] = found[0] if found else "its channels lead nowhere"
+    seen = {name for name, _ in roots}
+    for name in tracer.shapes:
+        if name not in seen and len(tracer.shapes[name]) > 1:
+            reasons.setdefault(owners[name] or name, "not used in forward")
+    return reasons

@@ -1,0 +1,108 @@
+"""Channel labels: integers that are united, frozen, and in the end resolved into channels.
+
+Every position along a dimension of a parameter has a label; activations carry label tensors of
+their own shape. Two labels that must live or die together are *united*. A label that must live is
+*frozen*, with a reason. Unions are only recorded; `Labels.resolve` finds the connected components
+of all of them at once.
+
+A label tensor may also carry the bit `TAINT`: the value there would not be zero if the channel's
+parameters were zero (for example after a sigmoid), so a consumer may not drop it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+TAINT = 1 << 40
+"""Bit of a label whose activation does not stay zero when its channel is pruned."""
+
+Ints = NDArray[np.int64]
+
+
+def compact(labels: Tensor) -> Tensor:
+    """Narrow every dimension along which the labels do not change to size 1.
+
+    Args:
+        labels: int64 label tensor of any shape.
+
+    Returns:
+        A view that broadcasts back to the shape of ``labels``.
+    """
+    for dim in range(labels.dim()):
+        if labels.size(dim) > 1 and labels.stride(dim) == 0:
+            labels = labels.narrow(dim, 0, 1)
+    for dim in range(labels.dim()):
+        if labels.size(dim) > 1 and bool((labels == labels.narrow(dim, 0, 1)).all()):
+            labels = labels.narrow(dim, 0, 1)
+    return labels
+
+
+def plain(labels: Tensor) -> Tensor:
+    """The labels without their taint bit."""
+    return labels & (TAINT - 1)
+
+
+def tainted(labels: Tensor) -> Tensor:
+    """The taint bits alone."""
+    return labels & TAINT
+
+
+class Labels:
+    """All labels of one trace."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._unions: list[tuple[Ints, Ints]] = []
+        self._frozen: list[tuple[Ints, str]] = []
+
+    def new(self, count: int) -> Tensor:
+        """Make ``count`` fresh labels, int64 [count]."""
+        start = self.count
+        self.count += count
+        return torch.arange(start, self.count)
+
+    def unite(self, a: Tensor, b: Tensor) -> None:
+        """Bind labels that broadcast to one shape, element by element."""
+        left, right = torch.broadcast_tensors(plain(a), plain(b))
+        self._unions.append((left.reshape(-1).numpy().copy(), right.reshape(-1).numpy().copy()))
+
+    def freeze(self, labels: Tensor, reason: str) -> None:
+        """Forbid that any of these labels is pruned; the first reason given is reported."""
+        self._frozen.append((plain(compact(labels)).reshape(-1).numpy().copy(), reason))
+
+    def resolve(self) -> tuple[Ints, dict[int, str]]:
+        """Find the components.
+
+        Returns:
+            For every label its component (the smallest label in it), and the reason for every
+            frozen component.
+        """
+        root = np.arange(self.count, dtype=np.int64)
+        if self._unions:
+            a = np.concatenate([pair[0] for pair in self._unions])
+            b = np.concatenate([pair[1] for pair in self._unions])
+            root = _components(root, a, b)
+        frozen: dict[int, str] = {}
+        for labels, reason in self._frozen:
+            for component in np.unique(root[labels]).tolist():
+                frozen.setdefault(component, reason)
+        return root, frozen
+
+
+def _components(root: Ints, a: Ints, b: Ints) -> Ints:
+    """Connected components by hooking to the smaller root and pointer jumping."""
+    while True:
+        left, right = root[a], root[b]
+        open_ = left != right
+        if not open_.any():
+            return root
+        a, b, left, right = a[open_], b[open_], left[open_], right[open_]
+        np.minimum.at(root, np.maximum(left, right), np.minimum(left, right))
+        while True:
+            jumped = root[root]
+            if np.array_equal(jumped, root):
+                break
+            root = jumped

@@ -1,0 +1,223 @@
+"""Rules of pooling, reductions and movement: where they can, they run on the labels themselves."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from psap.graph.common import first
+from psap.graph.labels import TAINT
+from psap.graph.trace import Args, Rule, Tracer, View
+
+
+def pools(t: Tracer, a: Args, out: Any) -> None:
+    """Combine positions within a channel, [N, C, ...] to [N, C, ...]."""
+    labels = t.get(a.get("self", a.get("input")))
+    if labels is None:
+        return
+    y = first(out)
+    lead = labels.dim() - (y.dim() - 2)
+    if any(labels.shape[dim] > 1 for dim in range(lead, labels.dim())):
+        t.freeze(labels, "channels lie along a pooled dimension")
+    else:
+        t.set(y, labels)
+
+
+def _reduced(a: Args, rank: int) -> list[int]:
+    dims = a.get("dim")
+    if dims is None or dims == []:
+        return list(range(rank))
+    return [d % rank for d in (dims if isinstance(dims, (list, tuple)) else [dims])]
+
+
+def reduces(t: Tracer, a: Args, out: Any) -> None:
+    """Mean, maximum, variance: within a channel only."""
+    labels = t.get(a["self"])
+    if labels is None:
+        return
+    dims = _reduced(a, labels.dim())
+    if any(labels.shape[dim] > 1 for dim in dims):
+        t.freeze(labels, "reduced over the channels")
+        return
+    _drop(t, labels, dims, out, bool(a.get("keepdim")))
+
+
+def sums(t: Tracer, a: Args, out: Any) -> None:
+    """A sum over channels does not miss zeros."""
+    labels = t.get(a["self"])
+    if labels is None:
+        return
+    dims = _reduced(a, labels.dim())
+    over = [dim for dim in dims if labels.shape[dim] > 1]
+    if not over:
+        _drop(t, labels, dims, out, bool(a.get("keepdim")))
+        return
+    t.settle(labels)
+    if labels.numel() != math.prod(labels.shape[dim] for dim in over):
+        t.freeze(labels, "summed over some of the dimensions that hold its channels")
+    t.closed = True
+
+
+def _drop(t: Tracer, labels: Tensor, dims: list[int], out: Any, keep: bool) -> None:
+    y = first(out)
+    t.set(y, labels if keep else labels.squeeze(tuple(dims)))
+
+
+def reshapes(t: Tracer, a: Args, out: Tensor) -> None:
+    """View, reshape, flatten."""
+    labels = t.full(a["self"])
+    if labels is not None:
+        t.set(out, labels.reshape(out.shape))
+
+
+def restrides(t: Tracer, a: Args, out: Tensor) -> None:
+    """``as_strided_`` of a pooled [N, C, 1, 1] to channels_last: the same elements in place."""
+    labels = t.get(a["self"])
+    if labels is None:
+        return
+    if list(a["size"][2:]) == [1] * (out.dim() - 2) and list(a["stride"][:2]) == [out.shape[1], 1]:
+        t.set(out, labels)
+    else:
+        t.freeze(labels, "as_strided may mix channels")
+
+
+def expands(t: Tracer, a: Args, out: Tensor) -> None:
+    """Broadcasting, also to more dimensions."""
+    labels = t.full(a["self"])
+    if labels is not None:
+        t.set(out, labels)
+
+
+def permutes(op: Any) -> Rule:
+    """Permutations also work on parameters, which keep their identity."""
+
+    def rule(t: Tracer, a: Args, out: Tensor) -> None:
+        x = a["self"]
+        rest = [v for k, v in a.items() if k != "self"]
+        view = t.view(x)
+        if view is not None:
+            t.set_view(out, View(view.name, _permuted(op, view.dims, rest)))
+            t.keep_view(x)
+            return
+        labels = t.full(x)
+        if labels is not None:
+            t.set(out, op(labels, *rest))
+
+    return rule
+
+
+def _permuted(op: Any, dims: tuple[int, ...], rest: list[Any]) -> tuple[int, ...]:
+    """Where the dimensions go, read off the strides of a probe."""
+    probe = torch.empty_strided([1] * len(dims), list(range(1, len(dims) + 1)))
+    return tuple(dims[stride - 1] for stride in op(probe, *rest).stride())
+
+
+def same(t: Tracer, a: Args, out: Tensor) -> None:
+    """Copies and casts of an activation or a parameter."""
+    x = next(iter(a.values()))
+    view = t.view(x)
+    if view is not None and out.shape == x.shape:
+        t.set_view(out, view)
+        t.keep_view(x)
+        return
+    labels = t.get(x)
+    if labels is not None and out.shape == x.shape:
+        t.set(out, labels)
+
+
+def moves(op: Any) -> Rule:
+    """Slice, select, split and the like: the same op on the labels."""
+
+    def rule(t: Tracer, a: Args, out: Any) -> None:
+        values = list(a.values())
+        labels = t.full(values[0])
+        if labels is None:
+            return
+        moved = op(labels, *[v.cpu() if isinstance(v, Tensor) else v for v in values[1:]])
+        if isinstance(out, (tuple, list)):
+            for y, part in zip(out, moved, strict=True):
+                t.set(y, part)
+        else:
+            t.set(out, moved)
+
+    return rule
+
+
+def pad(t: Tracer, a: Args, out: Tensor) -> None:
+    """Padding within a channel keeps it; padding with channels adds fresh labels."""
+    labels = t.get(a["self"])
+    if labels is None:
+        return
+    value = a.get("value") or 0
+    amounts = list(a["pad"])
+    rank = labels.dim()
+    for index in range(len(amounts) // 2):
+        dim, (low, high) = rank - 1 - index, amounts[2 * index : 2 * index + 2]
+        if not (low or high) or labels.shape[dim] == 1:
+            continue
+        if low < 0 or high < 0:
+            t.freeze(labels, "padding that removes channels")
+            return
+        ends = []
+        for count in (low, high):
+            shape = list(labels.shape)
+            shape[dim] = count
+            fresh = t.labels.new(math.prod(shape)).view(shape)
+            ends.append(t.taint(fresh, "padding with a constant") if value else fresh)
+        labels = torch.cat([ends[0], labels, ends[1]], dim)
+    if value:
+        labels = t.taint(labels, "padding with a constant")
+    t.set(out, labels)
+
+
+def cat(t: Tracer, a: Args, out: Tensor) -> None:
+    """Channels side by side."""
+    tensors = a["tensors"]
+    rank = out.dim()
+    dim = int(a["dim"] or 0) % rank
+    parts: list[Tensor] = []
+    for tensor in tensors:
+        if tensor.dim() != rank:
+            continue
+        labels = t.get(tensor)
+        if labels is None:
+            labels = t.labels.new(tensor.shape[dim]).view(
+                [-1 if d == dim else 1 for d in range(rank)]
+            )
+            t.labels.freeze(labels, "concatenated data without channels")
+            labels = labels | TAINT
+        parts.append(labels)
+    if len(parts) == 1:
+        t.set(out, parts[0])
+        return
+    shape = [max(part.shape[d] for part in parts) for d in range(rank)]
+    if _varies(parts, dim):
+        wide = [
+            p.expand([*shape[:dim], s.shape[dim], *shape[dim + 1 :]])
+            for p, s in _pairs(parts, tensors)
+        ]
+        t.set(out, torch.cat(wide, dim))
+        return
+    for part in parts[1:]:
+        t.labels.unite(parts[0], part)
+    t.set(out, parts[0])
+
+
+def _varies(parts: list[Tensor], dim: int) -> bool:
+    """Whether the concatenated dimension is one that holds channels."""
+    return any(part.shape[dim] > 1 for part in parts) or all(part.numel() == 1 for part in parts)
+
+
+def _pairs(parts: list[Tensor], tensors: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    rank = parts[0].dim()
+    return list(zip(parts, [x for x in tensors if x.dim() == rank], strict=True))
+
+
+def embedding(t: Tracer, a: Args, out: Tensor) -> None:
+    """Rows of a table: the channels are its second dimension."""
+    weight = a["weight"]
+    if t.view(weight) is not None:
+        t.set(out, t.claim(weight, 1, "out"))

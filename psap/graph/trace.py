@@ -1,0 +1,377 @@
+"""Run a model once and let channel labels take the way that the data takes.
+
+A `TorchDispatchMode` sees every ATen call of the forward pass. For each of them one rule of
+`psap.graph.rules` says what happens to labels. A call without a rule freezes what it touches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from psap.errors import ArgumentError, ArgumentTypeError, TraceError
+from psap.graph.labels import TAINT, Labels, compact, plain
+
+Args = dict[str, Any]
+Rule = Callable[["Tracer", Args, Any], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One use of a weight by a convolution or a matrix product.
+
+    Attributes:
+        weight: name of the parameter.
+        positions: output positions per weight element, summed over the batch; the call costs
+            ``positions * weight.numel()`` MACs.
+    """
+
+    weight: str
+    positions: float
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """A tensor that is a parameter or buffer with its dimensions permuted.
+
+    Attributes:
+        name: canonical name in ``named_parameters`` / ``named_buffers``.
+        dims: for every dimension of the tensor, the dimension of the parameter.
+    """
+
+    name: str
+    dims: tuple[int, ...]
+
+
+class Tracer(TorchDispatchMode):
+    """What the rules read and write while the model runs."""
+
+    def __init__(self, model: nn.Module, rules: Mapping[Any, Rule]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.labels = Labels()
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.along: dict[tuple[str, int], Tensor] = {}
+        self.roles: dict[tuple[str, int], str] = {}
+        self.calls: list[Call] = []
+        self.fixed_macs = 0.0
+        self.normalised: dict[str, set[str]] = {}
+        self.affine: set[str] = set()
+        self.unknown: Counter[str] = Counter()
+        self.counting = True
+        self.closed = False
+        self._rules = rules
+        self._views = WeakTensorKeyDictionary()
+        self._activations = WeakTensorKeyDictionary()
+        self._origin = WeakTensorKeyDictionary()
+        self._taints: dict[int, str] = {}
+        self._claimed: set[str] = set()
+        self._module: list[str] = []
+        for name, tensor in _named_tensors(model):
+            self._views[tensor] = View(name, tuple(range(tensor.dim())))
+            self.shapes[name] = tuple(tensor.shape)
+
+    # Tensors of the model
+
+    def view(self, tensor: Any) -> View | None:
+        """The parameter or buffer that a tensor is, if it is one."""
+        return self._views.get(tensor) if isinstance(tensor, Tensor) else None
+
+    def set_view(self, tensor: Tensor, view: View) -> None:
+        """Note that a tensor is a permuted parameter."""
+        self._views[tensor] = view
+
+    def claim(self, tensor: Tensor, dim: int, role: str) -> Tensor:
+        """Labels along one dimension of a parameter, int64 [size].
+
+        Args:
+            tensor: a parameter, or a permuted view of one.
+            dim: dimension of ``tensor``.
+            role: "out" if zeros there make the channel zero, "in" if the channel is read there.
+        """
+        view = self._views[tensor]
+        key = (view.name, view.dims[dim])
+        self._claimed.add(view.name)
+        if key not in self.along:
+            self.along[key] = self.labels.new(tensor.shape[dim])
+            self.roles[key] = role
+        elif self.roles[key] != role:
+            self.labels.freeze(self.along[key], f"{view.name} is read and written along one side")
+        return self.along[key]
+
+    def freeze_parameter(self, view: View, reason: str) -> None:
+        """Forbid every pruning of a parameter."""
+        for dim, size in enumerate(self.shapes[view.name]):
+            key = (view.name, dim)
+            if key not in self.along:
+                self.along[key] = self.labels.new(size)
+                self.roles[key] = "out"
+            self.labels.freeze(self.along[key], reason)
+
+    # Labels of activations
+
+    def get(self, tensor: Any) -> Tensor | None:
+        """Compact labels of an activation, or None where no channel is known."""
+        return self._activations.get(tensor) if isinstance(tensor, Tensor) else None
+
+    def set(self, tensor: Tensor, labels: Tensor) -> None:
+        """Give an activation its labels, which broadcast to its shape."""
+        self._activations[tensor] = compact(labels.expand(tensor.shape))
+
+    def full(self, tensor: Tensor) -> Tensor | None:
+        """Labels of an activation in its own shape."""
+        labels = self.get(tensor)
+        return None if labels is None else labels.expand(tensor.shape)
+
+    def freeze(self, labels: Tensor, why: str) -> None:
+        """Forbid that these channels are pruned, and say where it was found."""
+        where = f" (in {self._module[-1]})" if self._module and self._module[-1] else ""
+        self.labels.freeze(labels, why + where)
+
+    def taint(self, labels: Tensor, why: str) -> Tensor:
+        """Mark that the values would not be zero if the channels were pruned."""
+        for label in plain(labels).unique().tolist():
+            self._taints.setdefault(label, why)
+        return labels | TAINT
+
+    def settle(self, labels: Tensor) -> None:
+        """Freeze those labels that arrive tainted where zeros are needed."""
+        bad = plain(labels[labels >= TAINT])
+        if bad.numel():
+            why = self._taints.get(int(bad.reshape(-1)[0]), "a constant")
+            self.freeze(bad, f"a pruned channel would not stay zero after {why}")
+
+    # Who made what
+
+    def made_by(self, tensor: Tensor, weight: str) -> None:
+        """Note the convolution that a tensor comes straight from."""
+        self._origin[tensor] = weight
+
+    def origin(self, tensor: Tensor) -> str | None:
+        """The weight of the convolution that a tensor comes straight from."""
+        found: str | None = self._origin.get(tensor)
+        return found
+
+    def count(self, weight: str, positions: float) -> None:
+        """Count the MACs of one call."""
+        if self.counting:
+            self.calls.append(Call(weight, positions))
+
+    # The dispatcher
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run the call, then let its rule move the labels."""
+        kwargs = kwargs or {}
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        out = func(*args, **kwargs)
+        if not any(t in self._views or t in self._activations for t in tensors):
+            return out
+        if not _reads_nothing(func):
+            self._follow(func, _bind(func, args, kwargs), tensors, out)
+        return out
+
+    def _follow(self, func: Any, bound: Args, tensors: list[Tensor], out: Any) -> None:
+        """Apply the rule, then freeze whatever it did not account for."""
+        self._claimed, self.closed = set(), False
+        name = str(func.overloadpacket)
+        before = [labels for t in tensors if (labels := self.get(t)) is not None]
+        rule = self._rules.get(func.overloadpacket)
+        if rule is not None:
+            rule(self, bound, out)
+        elif before:
+            self.unknown[name] += 1
+        results = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        followed = self.closed or any(self.get(t) is not None for t in results)
+        if rule is None or not followed or self._writes_through(func, rule, tensors):
+            for labels in before:
+                self.freeze(labels, f"no rule for {name}" if rule is None else f"lost in {name}")
+        for tensor in tensors:
+            view = self._views.get(tensor)
+            if view is not None and view.name not in self._claimed:
+                self.freeze_parameter(view, f"{view.name} is used by {name}")
+
+    def _writes_through(self, func: Any, rule: Rule, tensors: list[Tensor]) -> bool:
+        """Whether a call changes a part of another tensor in a way that may leave no zero there."""
+        target = tensors[0]
+        return bool(
+            func._schema.is_mutable
+            and target._is_view()
+            and self.get(target) is not None
+            and rule.__name__ not in ("keeps_zero", "mul", "clamp", "restrides")
+        )
+
+    def keep_view(self, tensor: Tensor) -> None:
+        """Say that a use of a parameter was understood, though it took no labels."""
+        view = self.view(tensor)
+        if view is not None:
+            self._claimed.add(view.name)
+
+    def enter(self, name: str) -> None:
+        """A module's forward begins."""
+        self._module.append(name)
+
+    def leave(self) -> None:
+        """A module's forward ends."""
+        self._module.pop()
+
+
+def _reads_nothing(func: Any) -> bool:
+    """Whether a call looks at the shape of its inputs only."""
+    name: str = func.overloadpacket.__name__
+    return name.startswith(("new_", "sym_")) or name.endswith("_like")
+
+
+def _bind(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Args:
+    bound: Args = {}
+    for index, argument in enumerate(func._schema.arguments):
+        if index < len(args):
+            bound[argument.name] = args[index]
+        elif argument.name in kwargs:
+            bound[argument.name] = kwargs[argument.name]
+        else:
+            bound[argument.name] = argument.default_value if argument.has_default_value() else None
+    return bound
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def as_inputs(example_inputs: Any) -> tuple[Any, ...]:
+    """Check example inputs: a tensor, or a tuple or list of the positional inputs.
+
+    Raises:
+        ArgumentTypeError: it is neither.
+        ArgumentError: it is empty, or a tensor in it holds no element.
+    """
+    if isinstance(example_inputs, Tensor):
+        example_inputs = (example_inputs,)
+    if not isinstance(example_inputs, (tuple, list)):
+        raise ArgumentTypeError(
+            f"example_inputs is a {type(example_inputs).__name__}; pass a tensor, or a tuple "
+            "of the positional inputs of the model"
+        )
+    inputs = tuple(example_inputs)
+    tensors = [t for t in tree_leaves(inputs) if isinstance(t, Tensor)]
+    if not tensors:
+        raise ArgumentError(
+            "example_inputs holds no tensor; pass what model(*example_inputs) takes"
+        )
+    if any(t.numel() == 0 for t in tensors):
+        raise ArgumentError("example_inputs holds an empty tensor; pass a batch of at least one")
+    return inputs
+
+
+def check_model(model: Any) -> nn.Module:
+    """Check that a model is one that can be traced; look through ``torch.compile``.
+
+    Raises:
+        ArgumentTypeError: it is no ``nn.Module``, or a scripted one.
+        ArgumentError: it has no parameters, lazy ones, or ones on several devices.
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
+    checked: nn.Module = _unwrapped(model)
+    if isinstance(checked, torch.jit.ScriptModule):
+        raise ArgumentTypeError(
+            "model is a ScriptModule; pass the eager nn.Module it was made from"
+        )
+    parameters = dict(checked.named_parameters())
+    if not parameters:
+        raise ArgumentError("model has no parameters; there is nothing to prune")
+    lazy = [n for n, p in parameters.items() if isinstance(p, nn.parameter.UninitializedParameter)]
+    if lazy:
+        raise ArgumentError(f"{lazy[0]} is not initialised; run the model once, then call psap")
+    devices = sorted({str(p.device) for p in parameters.values()})
+    if len(devices) > 1:
+        raise ArgumentError(f"model lies on several devices ({', '.join(devices)}); move it to one")
+    return checked
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The module that torch.compile wrapped."""
+    inner = getattr(model, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+@contextmanager
+def _named_modules(tracer: Tracer, model: nn.Module) -> Iterator[None]:
+    names = {id(module): name for name, module in model.named_modules()}
+
+    def before(module: nn.Module, _: Any) -> None:
+        tracer.enter(names.get(id(module), ""))
+
+    def after(_: nn.Module, __: Any, ___: Any) -> None:
+        tracer.leave()
+
+    handles = [
+        nn_module.register_module_forward_pre_hook(before),
+        nn_module.register_module_forward_hook(after, always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Put back train flags, buffers and the random state when the block ends."""
+    flags = [(module, module.training) for module in model.modules()]
+    buffers = [(b, b._version, b.detach().clone()) for b in model.buffers()]
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        try:
+            yield
+        finally:
+            for module, training in flags:
+                module.training = training
+            for buffer, version, saved in buffers:
+                if buffer._version != version:
+                    buffer.copy_(saved)
+
+
+def output_tensors(value: Any) -> list[Tensor]:
+    """Every tensor in what a model returned: nested sequences, mappings, dataclasses."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = [getattr(value, item.name) for item in dataclasses.fields(value)]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple, set)):
+        return [tensor for item in value for tensor in output_tensors(item)]
+    return [t for t in tree_leaves(value) if isinstance(t, Tensor)]
+
+
+def run(tracer: Tracer, model: nn.Module, inputs: tuple[Any, ...], training: bool) -> None:
+    """Run the model once under the tracer and freeze what comes out.
+
+    Raises:
+        TraceError: the model's forward failed.
+    """
+    model.train(training)
+    try:
+        with _named_modules(tracer, model), tracer:
+            output = model(*inputs)
+    except Exception as error:
+        mode = "training" if training else "evaluation"
+        raise TraceError(
+            f"the model failed on the example inputs in {mode} mode: {type(error).__name__}: "
+            f"{error}; pass example_inputs on its device that model(*example_inputs) accepts"
+        ) from error
+    for tensor in output_tensors(output):
+        labels = tracer.get(tensor)
+        if labels is not None:
+            tracer.labels.freeze(labels, "output of the model")

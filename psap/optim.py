@@ -1,0 +1,109 @@
+"""Carry an optimizer's state through a change of widths."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from psap.errors import ArgumentError, ArgumentTypeError, PsapError
+
+Gather = Callable[[str, Tensor], Tensor]
+"""Takes the name of a parameter and a tensor of its shape; returns the kept part of the tensor."""
+
+
+def check_optimizer(optimizer: Any, model: nn.Module) -> dict[int, str]:
+    """Check that an optimizer trains this model.
+
+    Returns:
+        The names of the model's parameters by ``id``.
+
+    Raises:
+        ArgumentTypeError: it is no optimizer.
+        ArgumentError: it trains none of the model's parameters, or foreign ones.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ArgumentTypeError(
+            f"optimizer is a {type(optimizer).__name__}; pass the torch.optim.Optimizer "
+            "of the model"
+        )
+    names = {id(p): name for name, p in model.named_parameters()}
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    known = [p for p in trained if id(p) in names]
+    if not known:
+        raise ArgumentError(
+            "the optimizer trains none of this model's parameters; make it from model.parameters()"
+        )
+    if len(known) < len(trained):
+        raise ArgumentError(
+            f"the optimizer also trains {len(trained) - len(known)} parameters of another model; "
+            "use one optimizer per model"
+        )
+    return names
+
+
+def shrink_state(
+    optimizer: torch.optim.Optimizer, names: Mapping[int, str], gather: Gather
+) -> dict[str, Any]:
+    """The optimizer's state of every parameter at its new shape, by parameter name.
+
+    Tensors of the parameter's shape (momentum, moments, averages) are gathered like the parameter;
+    single numbers (step counts) are copied.
+
+    Raises:
+        PsapError: a state tensor has another shape, so that nobody knows what belongs to a channel.
+    """
+    result: dict[str, Any] = {}
+    for parameter, state in optimizer.state.items():
+        name = names[id(parameter)]
+        result[name] = {k: _entry(name, k, v, parameter, gather) for k, v in state.items()}
+    return result
+
+
+def _entry(name: str, key: str, value: Any, parameter: Tensor, gather: Gather) -> Any:
+    if not isinstance(value, Tensor):
+        return copy.deepcopy(value)
+    if value.shape == parameter.shape:
+        return gather(name, value)
+    if value.numel() == 1:
+        return value.clone()
+    raise PsapError(
+        f"the optimizer keeps {key!r} of shape {tuple(value.shape)} for {name} of shape "
+        f"{tuple(parameter.shape)}, which cannot be cut by channel; pass optimizer=None and make a "
+        "new optimizer for result.model"
+    )
+
+
+def rebuild(
+    optimizer: torch.optim.Optimizer,
+    names: Mapping[int, str],
+    model: nn.Module,
+    state: Mapping[str, Any],
+) -> torch.optim.Optimizer:
+    """A new optimizer of the same class, options and group order for the small model.
+
+    Args:
+        optimizer: the optimizer of the dense model; it is not changed.
+        names: names of the dense parameters by ``id``.
+        model: the small model.
+        state: what `shrink_state` returned.
+    """
+    small = dict(model.named_parameters())
+    fresh: torch.optim.Optimizer = type(optimizer).__new__(type(optimizer))
+    groups = [
+        {
+            k: [small[names[id(p)]] for p in v] if k == "params" else copy.deepcopy(v)
+            for k, v in group.items()
+        }
+        for group in optimizer.param_groups
+    ]
+    body = dict(optimizer.__getstate__())
+    body["param_groups"] = groups
+    body["state"] = type(optimizer.state)(optimizer.state.default_factory)
+    for name, entries in state.items():
+        body["state"][small[name]] = entries
+    fresh.__setstate__(body)
+    return fresh

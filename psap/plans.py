@@ -1,0 +1,332 @@
+"""A plan says which channels of a model stay: pure data, comparable, serialisable, explained."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from psap import schedule, scores
+from psap.config import Target
+from psap.cost import Cost, CostModel, LayerCost
+from psap.errors import ArgumentError, ArgumentTypeError, TargetError
+from psap.graph import Graph
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """What stays of one channel group.
+
+    Attributes:
+        name: name of the group.
+        size: channels before.
+        kept: indices within the group that stay, ascending.
+        layers: modules that shrink with it.
+    """
+
+    name: str
+    size: int
+    kept: tuple[int, ...]
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SidePlan:
+    """What stays along one dimension of a parameter or buffer.
+
+    Attributes:
+        name: the parameter or buffer.
+        dim: its dimension.
+        role: "out" if zeros there make the channel zero, "in" if the channel is read there.
+        size: positions before.
+        kept: positions that stay, ascending.
+    """
+
+    name: str
+    dim: int
+    role: str
+    size: int
+    kept: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """Shape and dtype of an example input, enough to make one up."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which channels of a model stay: what `psap.plan` returns and `psap.apply` carries out.
+
+    Attributes:
+        architecture: fingerprint of names and shapes of all parameters and buffers.
+        groups: what stays of every group.
+        sides: every dimension that shrinks.
+        before: cost of the dense network.
+        after: cost of the small one.
+        layers: cost of every weight, before and after.
+        left_alone: why a layer keeps all of its channels.
+        inputs: what the model was traced with.
+        graph: the graph it was made from; absent after `from_json`.
+    """
+
+    architecture: str
+    groups: tuple[GroupPlan, ...]
+    sides: tuple[SidePlan, ...]
+    before: Cost
+    after: Cost
+    layers: tuple[tuple[LayerCost, LayerCost], ...]
+    left_alone: Mapping[str, str]
+    inputs: tuple[InputSpec | None, ...]
+    graph: Graph | None = field(default=None, compare=False, repr=False)
+
+    def kept(self) -> dict[str, dict[int, tuple[int, ...]]]:
+        """The kept positions by parameter or buffer, then by dimension."""
+        table: dict[str, dict[int, tuple[int, ...]]] = {}
+        for side in self.sides:
+            table.setdefault(side.name, {})[side.dim] = side.kept
+        return table
+
+    def explain(self) -> str:
+        """A text that says for every group what goes, and for every other layer why it stays."""
+        share = self.after.macs / max(1, self.before.macs)
+        lines = [
+            f"MACs {self.before.macs:,} -> {self.after.macs:,} ({share:.1%} kept), parameters "
+            f"{self.before.parameters:,} -> {self.after.parameters:,} "
+            f"({self.after.parameters / max(1, self.before.parameters):.1%} kept)"
+        ]
+        width = max([len(group.name) for group in self.groups] + [8])
+        for group in self.groups:
+            gone = group.size - len(group.kept)
+            others = [name for name in group.layers if name != group.name]
+            tail = f"  with {', '.join(others[:4])}" + (" ..." if len(others) > 4 else "")
+            lines.append(
+                f"  {group.name:<{width}}  {group.size:>5} -> {len(group.kept):>5}  "
+                f"({gone} removed){tail if others else ''}"
+            )
+        if self.left_alone:
+            lines.append("left alone:")
+            lines += [f"  {name:<{width}}  {why}" for name, why in self.left_alone.items()]
+        return "\n".join(lines)
+
+    def to_json(self) -> str:
+        """The plan as JSON text; index lists are written as ranges such as "0-3,7"."""
+        from psap.planfile import to_json
+
+        return to_json(self)
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """Read what `to_json` wrote.
+
+        Raises:
+            FileError: it is no plan, is damaged, or has a newer version.
+        """
+        from psap.planfile import from_json
+
+        return from_json(text)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over the names and shapes of all parameters and buffers."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    text = "\n".join(f"{name} {tuple(tensor.shape)}" for name, tensor in named)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def from_masks(graph: Graph, kept: Sequence[Sequence[int]], cost: CostModel | None = None) -> Plan:
+    """The plan that keeps the given channels.
+
+    Args:
+        graph: the channel graph.
+        kept: for every group the indices that stay, ascending, at least one.
+        cost: the cost model of the graph, if there is one already.
+    """
+    cost = cost or CostModel(graph)
+    alive = np.zeros(int(sum(group.size for group in graph.groups)) + 1, dtype=bool)
+    alive[-1] = True  # channel -1: positions that no group owns
+    for group, indices in zip(graph.groups, kept, strict=True):
+        alive[group.start + np.asarray(indices, dtype=np.int64)] = True
+    sides = []
+    for (name, dim), channels in graph.channels.items():
+        stays = alive[channels]
+        if not stays.all():
+            positions = tuple(np.flatnonzero(stays).tolist())
+            sides.append(SidePlan(name, dim, graph.roles[name, dim], channels.size, positions))
+    widths = [len(indices) for indices in kept]
+    return Plan(
+        architecture=fingerprint(graph.model),
+        groups=tuple(
+            GroupPlan(g.name, g.size, tuple(int(i) for i in k), g.layers)
+            for g, k in zip(graph.groups, kept, strict=True)
+        ),
+        sides=tuple(sides),
+        before=cost.dense,
+        after=cost.cost(widths),
+        layers=tuple(zip(cost.layers(cost.sizes), cost.layers(widths), strict=True)),
+        left_alone=dict(graph.left_alone),
+        inputs=tuple(
+            InputSpec(tuple(x.shape), str(x.dtype).removeprefix("torch."))
+            if isinstance(x, Tensor)
+            else None
+            for x in graph.inputs
+        ),
+        graph=graph,
+    )
+
+
+Score = Literal["l1", "l2", "random"]
+
+
+def plan(
+    graph: Graph,
+    *,
+    ratio: float | Mapping[str, float] | None = None,
+    target: Target | None = None,
+    score: Score | Mapping[str, Tensor] = "l2",
+    round_to: int = 1,
+    min_channels: int = 1,
+    seed: int = 0,
+) -> Plan:
+    """Choose which channels stay; the model is not changed.
+
+    Give either ``ratio`` or ``target``. A group loses ``floor(ratio * size)`` channels, so 0.5
+    removes half of the channels of every layer that can be pruned. With a target, ratios follow
+    the weight sparsity ratio of each group (docs/method.md, equations 1 to 3).
+
+    Args:
+        graph: what `psap.trace` returned.
+        ratio: removed share in [0, 1), for all groups or by group name (others keep everything).
+        target: bounds on the cost of the small network.
+        score: "l2" or "l1" norms relative to the layer, "random", or importances [C_g] by group
+            name.
+        round_to: widths are multiples of this where the group is large enough.
+        min_channels: no group keeps fewer.
+        seed: for score="random".
+
+    Raises:
+        ArgumentError: a value is out of range, or a name is unknown.
+        ArgumentTypeError: an argument has the wrong type.
+        TargetError: nothing can be pruned, or the target cannot be met.
+    """
+    if not isinstance(graph, Graph):
+        raise ArgumentTypeError(
+            f"graph is a {type(graph).__name__}; pass psap.trace(model, example_inputs)"
+        )
+    if (ratio is None) == (target is None):
+        raise ArgumentError("give either ratio=0.5 or target=psap.Target(macs=0.3), and not both")
+    if not graph.groups:
+        raise TargetError(
+            "no layer of this model can be pruned: "
+            + "; ".join(f"{name}: {why}" for name, why in list(graph.left_alone.items())[:5])
+        )
+    cost = CostModel(graph)
+    tensors = dict(graph.model.named_parameters())
+    sizes = [group.size for group in graph.groups]
+    bounds = schedule.limits(sizes, 1.0, min_channels, round_to)
+    stats = scores.measure(graph, tensors, 0.5, "l1" if score == "l1" else "l2")
+    if ratio is not None:
+        widths = _by_ratio(graph, ratio, bounds)
+    else:
+        if not isinstance(target, Target):
+            raise ArgumentTypeError(
+                f"target is {target!r}; pass psap.Target(macs=0.3), for example"
+            )
+        widths = solve_target(graph, cost, stats, bounds, target)
+    values = _importances(graph, stats, score, seed)
+    kept = [scores.strongest(v, int(w)) for v, w in zip(values, widths, strict=True)]
+    return from_masks(graph, kept, cost)
+
+
+def solve_target(
+    graph: Graph,
+    cost: CostModel,
+    stats: Sequence[scores.GroupStats],
+    bounds: Sequence[schedule.Limits],
+    target: Target,
+) -> schedule.Ints:
+    """Widths by weight sparsity that meet a target.
+
+    Raises:
+        TargetError: even the smallest widths cost more.
+    """
+    sparsity = np.array([s.sparsity for s in stats])
+    ones = np.ones(len(sparsity))
+    widths = schedule.solve(sparsity, ones, 2.0, bounds, lambda w: cost.fits(w, target))
+    require(cost, widths, target)
+    return widths
+
+
+def require(cost: CostModel, widths: schedule.Ints, target: Target) -> None:
+    """Check that widths meet a target.
+
+    Raises:
+        TargetError: they do not.
+    """
+    if cost.fits(widths, target):
+        return
+    found = cost.cost(widths)
+    raise TargetError(
+        f"{target} cannot be met: the smallest network that these limits allow keeps "
+        f"{found.macs / cost.dense.macs:.1%} of the MACs and "
+        f"{found.parameters / cost.dense.parameters:.1%} of the parameters; raise the target, or "
+        "lower min_channels, or raise max_ratio"
+    )
+
+
+def _by_ratio(
+    graph: Graph, ratio: float | Mapping[str, float], bounds: Sequence[schedule.Limits]
+) -> schedule.Ints:
+    if isinstance(ratio, Mapping):
+        names = {group.name for group in graph.groups}
+        unknown = sorted(set(ratio) - names)
+        if unknown:
+            raise ArgumentError(
+                f"ratio names {unknown[0]!r}, which is no group; groups: {sorted(names)}"
+            )
+        ratios = [ratio.get(group.name, 0.0) for group in graph.groups]
+    else:
+        ratios = [ratio] * len(graph.groups)
+    widths = []
+    for value, bound in zip(ratios, bounds, strict=True):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ArgumentTypeError(
+                f"ratio is {value!r}; pass the removed share, from 0 to below 1"
+            )
+        if not 0 <= value < 1:
+            raise ArgumentError(f"ratio is {value!r}; pass the removed share, from 0 to below 1")
+        widths.append(bound.nearest(bound.size - int(np.floor(value * bound.size + 1e-9))))
+    return np.array(widths, dtype=np.int64)
+
+
+def _importances(
+    graph: Graph, stats: Sequence[scores.GroupStats], score: Any, seed: int
+) -> list[scores.Floats]:
+    if isinstance(score, Mapping):
+        return [_given(group.name, group.size, score) for group in graph.groups]
+    if score == "random":
+        rng = np.random.default_rng(seed)
+        return [rng.random(group.size) for group in graph.groups]
+    if score not in ("l1", "l2"):
+        raise ArgumentError(
+            f"score is {score!r}; pass 'l1', 'l2', 'random', or importances by group"
+        )
+    return [scores.importance(s, score) for s in stats]
+
+
+def _given(name: str, size: int, score: Mapping[str, Tensor]) -> scores.Floats:
+    if name not in score:
+        raise ArgumentError(f"score has no entry for group {name!r}; give one of shape [{size}]")
+    values = torch.as_tensor(score[name]).detach().double().cpu().numpy()
+    if values.shape != (size,) or not np.isfinite(values).all():
+        raise ArgumentError(f"score[{name!r}] must be finite and of shape [{size}]")
+    result: scores.Floats = values
+    return result

@@ -1,0 +1,166 @@
+"""Protective reconstruction: which pruned channels the supervised gradients bring back.
+
+While a window is open, the gate derivative d of every channel (`psap.gates`) is accumulated over n
+optimizer steps. The usefulness of a channel is ``v = -S1 / n`` with ``S1 = sum d``; its
+significance is ``z = v / (sd / sqrt(n))`` with ``sd = sqrt(S2 / n - v^2)`` and ``S2 = sum d^2``
+(docs/method.md, section 3e). Absolute or squared gradients were measured not to predict usefulness;
+signed ones do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from psap.config import Config
+from psap.errors import StateError
+from psap.events import Candidate
+from psap.gates import Bools, Floats
+from psap.graph import Graph, Group
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a window decided.
+
+    Attributes:
+        restored: bool [channels], pruned channels that come back.
+        dropped: bool [channels], kept channels that leave in exchange.
+        candidates: every freshly pruned channel of positive usefulness, best first.
+    """
+
+    restored: Bools
+    dropped: Bools
+    candidates: tuple[Candidate, ...]
+
+
+class Window:
+    """Running sums of the gate derivatives of all channels.
+
+    Args:
+        channels: number of channels of the graph.
+    """
+
+    def __init__(self, channels: int) -> None:
+        self.sums: Floats = np.zeros((2, channels))
+        self.observed = 0
+        self.skipped = 0
+
+    def observe(self, derivative: Floats | None) -> None:
+        """Add the derivatives of one optimizer step; None counts as skipped."""
+        if derivative is None:
+            self.skipped += 1
+            return
+        self.sums[0] += derivative
+        self.sums[1] += derivative**2
+        self.observed += 1
+
+    def significance(self) -> tuple[Floats, Floats]:
+        """Usefulness v and significance z of every channel, float64 [channels] each."""
+        count = max(1, self.observed)
+        value = -self.sums[0] / count
+        deviation = np.sqrt(np.maximum(0.0, self.sums[1] / count - value**2))
+        return value, value / np.maximum(deviation / np.sqrt(count), 1e-12)
+
+    def judge(
+        self, graph: Graph, alive: Bools, fresh: Bools, config: Config, last: bool
+    ) -> Verdict:
+        """Decide which freshly pruned channels come back.
+
+        Args:
+            graph: the channel graph.
+            alive: bool [channels], kept channels.
+            fresh: bool [channels], channels that the last prune step pruned.
+            config: thresholds.
+            last: the widths are final, so that a channel may only return in exchange for a kept one
+                that is significantly harmful.
+        """
+        value, z = self.significance()
+        verdict = Verdict(np.zeros_like(alive), np.zeros_like(alive), ())
+        candidates: list[Candidate] = []
+        for group in graph.groups:
+            span = slice(group.start, group.start + group.size)
+            candidates += self._judge_group(
+                group, value[span], z[span], alive[span], fresh[span], config, last, verdict
+            )
+        candidates.sort(key=lambda c: (-c.value, c.group, c.channel))
+        return Verdict(verdict.restored, verdict.dropped, tuple(candidates))
+
+    def _judge_group(
+        self,
+        group: Group,
+        value: Floats,
+        z: Floats,
+        alive: Bools,
+        fresh: Bools,
+        config: Config,
+        last: bool,
+        verdict: Verdict,
+    ) -> list[Candidate]:
+        order = np.argsort(-value, kind="stable")
+        useful = [int(i) for i in order if fresh[i] and value[i] > 0]
+        weakest = [int(i) for i in order[::-1] if alive[i]]
+        allowed = int(np.ceil(config.restore_share * int(fresh.sum()))) if self.observed else 0
+        found = []
+        for i in useful:
+            back = z[i] > config.z_threshold and allowed > 0
+            if z[i] <= config.z_threshold:
+                reason = f"not significant: z = {z[i]:.1f}, needs more than {config.z_threshold:g}"
+            elif not back:
+                reason = "the share that one window restores went to more useful ones"
+            elif not last:
+                reason = f"opening its gate lowers the loss (z = {z[i]:.1f})"
+            elif weakest and z[weakest[0]] < -config.z_threshold:
+                out = weakest.pop(0)
+                verdict.dropped[group.start + out] = True
+                reason = f"swapped with channel {out}, which raises the loss"
+            else:
+                back, reason = False, "last step: no kept channel is harmful enough to swap with"
+            allowed -= int(back)
+            verdict.restored[group.start + i] = back
+            found.append(
+                Candidate(
+                    group=group.name,
+                    channel=i,
+                    value=float(value[i]),
+                    z=float(z[i]),
+                    restored=bool(back),
+                    reason=reason,
+                )
+            )
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums and counts."""
+        sums = torch.from_numpy(self.sums.copy())
+        return {"sums": sums, "observed": self.observed, "skipped": self.skipped}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` gave.
+
+        Raises:
+            StateError: it has another number of channels.
+        """
+        sums = state["sums"].detach().cpu().numpy().copy()
+        if sums.shape != self.sums.shape:
+            raise StateError(f"the state is damaged: the window has shape {sums.shape}")
+        self.sums, self.observed, self.skipped = sums, int(state["observed"]), int(state["skipped"])
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Refuse a model in which nothing trains.
+
+    Raises:
+        StateError: every parameter is frozen.
+    """
+    if not any(p.requires_grad for p in model.parameters()):
+        raise StateError(
+            "every parameter of the model is frozen (requires_grad is False), so nothing can be "
+            "pruned while it trains; call model.requires_grad_(True), or use "
+            "psap.plan on an unfrozen copy"
+        )

@@ -1,0 +1,394 @@
+"""The state machine of PSAP: prune steps, supervision windows, the end (docs/method.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from psap import optim, plans, schedule, scores
+from psap.config import Config, Target
+from psap.cost import CostModel
+from psap.errors import ArgumentTypeError, StateError, TargetError
+from psap.events import PruneEvent, WindowEvent, event_from_json, event_to_json
+from psap.gates import Bools, Floats, Gates
+from psap.graph import Graph, trace
+from psap.protect import Window, check_trainable
+from psap.shrink import Result, apply
+
+Ints = schedule.Ints
+_STICKY = 1e6
+"""Taken off the score of a pruned channel: it stays pruned unless supervision restored it."""
+
+
+class Pruner:
+    """Prunes a model while it trains.
+
+    Call `step` once per epoch, like a learning rate scheduler; the rest happens in hooks of
+    ``optimizer.step()``. The first calls prune (``config.prune_steps`` of them, after
+    ``config.warmup``); then the masks are final, and the pruned channels are held at exact zero
+    until `finish` removes them.
+
+    Args:
+        model: the model; on its final device, with the parameters that shall train unfrozen.
+        example_inputs: a tensor, or a tuple of the positional inputs, on the model's device.
+        optimizer: the model's optimizer.
+        config: what to prune to, and how.
+
+    Raises:
+        ArgumentTypeError: an argument has the wrong type.
+        ArgumentError: the optimizer trains another model, or the model cannot be used.
+        StateError: every parameter is frozen.
+        TraceError: the model failed on the inputs.
+        TargetError: nothing can be pruned, or the target cannot be met.
+        VerificationError: the model could not be shrunk exactly (checked with half of the
+            channels, before any training is spent).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        *,
+        optimizer: torch.optim.Optimizer,
+        config: Config | None = None,
+    ) -> None:
+        config = Config() if config is None else config
+        if not isinstance(config, Config):
+            raise ArgumentTypeError(
+                f"config is a {type(config).__name__}; pass "
+                "psap.Config(target=psap.Target(macs=0.3))"
+            )
+        if isinstance(model, nn.Module):
+            check_trainable(model)
+        self.config = config
+        self.graph: Graph = trace(model, example_inputs)
+        optim.check_optimizer(optimizer, self.graph.model)
+        self.cost = CostModel(self.graph)
+        self._bounds = schedule.limits(
+            [g.size for g in self.graph.groups],
+            config.max_ratio,
+            config.min_channels,
+            config.round_to,
+        )
+        self._require_target()
+        if config.verify:
+            apply(self.graph.model, plans.plan(self.graph, ratio=0.5))
+        self._optimizer = optimizer
+        self.gates = Gates(
+            self.graph, optimizer, 0.0 if config.protect == "none" else config.gate_eps
+        )
+        count = len(self.graph.group_of)
+        self._alive: Bools = np.ones(count, dtype=bool)
+        self._fresh: Bools = np.zeros(count, dtype=bool)
+        self._bonus: Floats = np.zeros(count)
+        self._window = Window(count)
+        self._sparsity: Floats | None = None
+        self._step = self._calls = self._iteration = 0
+        self._left = 0
+        self._final = self._finished = False
+        self.events: list[PruneEvent | WindowEvent] = []
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_optimizer),
+            optimizer.register_step_post_hook(self._after_optimizer),
+        ]
+
+    def _require_target(self) -> None:
+        if not self.graph.groups:
+            reasons = [f"{name}: {why}" for name, why in self.graph.left_alone.items()]
+            raise TargetError("no layer of this model can be pruned: " + "; ".join(reasons[:5]))
+        floors = np.array([b.nearest(b.floor) for b in self._bounds])
+        plans.require(self.cost, floors, self.config.target)
+
+    @property
+    def done(self) -> bool:
+        """Whether the last prune step is behind and the masks are final."""
+        return self._final
+
+    def masks(self) -> dict[str, Tensor]:
+        """For every group a bool tensor [C_g], True where the channel is kept."""
+        return {
+            g.name: torch.from_numpy(self._alive[g.start : g.start + g.size].copy())
+            for g in self.graph.groups
+        }
+
+    # Prune steps
+
+    def step(self) -> None:
+        """One epoch is over: prune if it is time to.
+
+        Raises:
+            StateError: after `finish`.
+            PsapError: a weight is not finite; nothing was pruned.
+        """
+        if self._finished:
+            raise StateError("step() after finish(); train result.model on without the pruner")
+        self._calls += 1
+        since = self._calls - self.config.warmup - 1
+        due = since >= 0 and since % self.config.interval == 0
+        if due and self._step < self.config.prune_steps:
+            if self._left:
+                self._close_window()
+            self._prune(self._step + 1)
+
+    def _share(self, step: int, bound: float | None) -> float | None:
+        if bound is None:
+            return None
+        return schedule.kept_share(step, self.config.prune_steps, bound, self.config.schedule)
+
+    def _prune(self, step: int) -> None:
+        """Prune step ``step``: ratios, masks, gates; then a window opens or the masks are final."""
+        config = self.config
+        stats = scores.measure(
+            self.graph, self.gates.weights(), config.sparsity_alpha, config.score
+        )
+        sparsity = np.array([s.sparsity for s in stats])
+        past = self._sparsity
+        mean = (
+            sparsity
+            if past is None
+            else config.sparsity_ema * past + (1 - config.sparsity_ema) * sparsity
+        )
+        target = Target(
+            macs=self._share(step, config.target.macs),
+            parameters=self._share(step, config.target.parameters),
+        )
+        widths = self._widths(mean, target)
+        alive = self._choose(stats, widths)
+        before = self._alive
+        self.gates.open(alive & ~before)
+        self._alive = alive
+        self.gates.close(alive)
+        self._sparsity, self._step = mean, step
+        self._fresh = before & ~alive
+        self._log_prune(target, sparsity, mean, self._fresh, alive & ~before)
+        if config.protect == "pulse":
+            self._window = Window(len(self._alive))
+            self._left = config.window
+        elif step == config.prune_steps:
+            self._finalise()
+
+    def _widths(self, sparsity: Floats, target: Target) -> Ints:
+        config = self.config
+        streams = np.array([len(g.producers) > 1 for g in self.graph.groups])
+        factors = np.where(streams, config.stream_factor, 1.0)
+        ratios = sparsity if config.adapt == "sparsity" else np.ones_like(sparsity)
+        widths = schedule.solve(
+            ratios,
+            factors,
+            config.sparsity_power,
+            self._bounds,
+            lambda w: self.cost.fits(w, target),
+        )
+        if not self.cost.fits(widths, target):
+            widths = np.array([b.nearest(b.floor) for b in self._bounds])
+        return widths
+
+    def _choose(self, stats: list[scores.GroupStats], widths: Ints) -> Bools:
+        alive = np.zeros_like(self._alive)
+        for group, entry, width in zip(self.graph.groups, stats, widths, strict=True):
+            span = slice(group.start, group.start + group.size)
+            score = scores.importance(entry, self.config.score)
+            score = score / max(float(score.mean()), 1e-300) + self._bonus[span]
+            score = np.where(self._alive[span], score, score - _STICKY)
+            alive[group.start + np.array(scores.strongest(score, int(width)))] = True
+        return alive
+
+    def _finalise(self) -> None:
+        """The masks are final: erase the pruned channels and hold them at zero from now on."""
+        self._final = True
+        self.gates.saved.clear()
+        self.gates.erase(self._alive)
+        self.gates.forget(self._alive)
+
+    def _by_group(self, channels: Bools) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = {}
+        for channel in np.flatnonzero(channels).tolist():
+            group = self.graph.groups[self.graph.group_of[channel]]
+            found.setdefault(group.name, []).append(channel - group.start)
+        return found
+
+    def _log_prune(
+        self, target: Target, sparsity: Floats, mean: Floats, pruned: Bools, returned: Bools
+    ) -> None:
+        widths = self._current_widths()
+        cost, dense = self.cost.cost(widths), self.cost.dense
+        names = [g.name for g in self.graph.groups]
+        share = target.macs if target.macs is not None else target.parameters
+        self.events.append(
+            PruneEvent(
+                step=self._step,
+                call=self._calls,
+                iteration=self._iteration,
+                target_share=float(share or 0.0),
+                macs_share=cost.macs / max(1, dense.macs),
+                parameters_share=cost.parameters / max(1, dense.parameters),
+                sparsity=dict(zip(names, sparsity.tolist(), strict=True)),
+                sparsity_ema=dict(zip(names, mean.tolist(), strict=True)),
+                widths=dict(zip(names, widths.tolist(), strict=True)),
+                pruned=self._by_group(pruned),
+                returned=self._by_group(returned),
+            )
+        )
+
+    def _current_widths(self) -> Ints:
+        return np.bincount(self.graph.group_of[self._alive], minlength=len(self.graph.groups))
+
+    # Supervision
+
+    def _before_optimizer(self, *_: Any) -> None:
+        """Gradients are complete: read them."""
+        if not self._left:
+            return
+        self._window.observe(self.gates.derivative())
+        self.gates.still_gradients(self._alive)
+
+    def _after_optimizer(self, *_: Any) -> None:
+        """Weights have moved: put back what must not move."""
+        self._iteration += 1
+        if self._final:
+            self.gates.erase(self._alive)
+        elif self._left:
+            self.gates.hold(whole=True)
+            self._left -= 1
+            if not self._left:
+                self._close_window()
+        elif self.config.protect == "none" and self._step:
+            self.gates.hold(whole=False)
+
+    def _close_window(self) -> None:
+        """Restore what supervision found useful; at the last step by a strict swap."""
+        self._left = 0
+        last = self._step == self.config.prune_steps
+        verdict = self._window.judge(self.graph, self._alive, self._fresh, self.config, last)
+        if verdict.restored.any():
+            self.gates.open(verdict.restored)
+            self._alive = (self._alive | verdict.restored) & ~verdict.dropped
+            self._bonus[verdict.restored] += self.config.restore_bonus
+            self.gates.close(self._alive)
+        supervised = {name: len(found) for name, found in self._by_group(self._fresh).items()}
+        self.events.append(
+            WindowEvent(
+                step=self._step,
+                iteration=self._iteration,
+                observed=self._window.observed,
+                skipped=self._window.skipped,
+                supervised=supervised,
+                candidates=verdict.candidates,
+            )
+        )
+        self._fresh = np.zeros_like(self._alive)
+        if last:
+            self._finalise()
+
+    # The end
+
+    def finish(self, *, inplace: bool = False) -> Result:
+        """Remove the pruned channels physically.
+
+        If prune steps are still due, they are made up for at once, so that the target always holds.
+
+        Args:
+            inplace: change the model and the optimizer that were given, instead of making new ones.
+
+        Returns:
+            The small network, its optimizer with all state, the plan, and the record of the run.
+
+        Raises:
+            StateError: it was called before.
+            VerificationError: the small network would not equal the masked one; model and optimizer
+                stay usable, and `finish` may be called again.
+        """
+        if self._finished:
+            raise StateError("finish() was already called; use the result that it returned")
+        if self._left:
+            self._close_window()
+        if not self._final:
+            if self._step < self.config.prune_steps:
+                self._prune(self.config.prune_steps)
+            if self._left:
+                self._close_window()
+        kept = [
+            np.flatnonzero(self._alive[g.start : g.start + g.size]).tolist()
+            for g in self.graph.groups
+        ]
+        plan = plans.from_masks(self.graph, kept, self.cost)
+        result = apply(
+            self.graph.model,
+            plan,
+            optimizer=self._optimizer,
+            check=self.config.verify,
+            inplace=inplace,
+        )
+        for hook in self._hooks:
+            hook.remove()
+        self._finished = True
+        result.report["events"] = [event_to_json(event) for event in self.events]
+        result.report["config"] = asdict(self.config)
+        return result
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a bit-exact resumption needs, beside the model and the optimizer.
+
+        Returns:
+            A nest of dicts with tensors and JSON scalars; loads with ``weights_only=True``.
+        """
+        return {
+            "version": 1,
+            "architecture": plans.fingerprint(self.graph.model),
+            "config": asdict(self.config),
+            "counters": {name: getattr(self, f"_{name}") for name in _COUNTERS},
+            "alive": torch.from_numpy(self._alive.copy()),
+            "fresh": torch.from_numpy(self._fresh.copy()),
+            "bonus": torch.from_numpy(self._bonus.copy()),
+            "window": self._window.state_dict(),
+            "sparsity": None if self._sparsity is None else torch.from_numpy(self._sparsity.copy()),
+            "saved": self.gates.state_dict(),
+            "events": [event_to_json(event) for event in self.events],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken; load model and optimizer as well.
+
+        Raises:
+            StateError: the state belongs to another model or configuration, or is damaged.
+        """
+        if not isinstance(state, Mapping) or state.get("version") != 1:
+            raise StateError("this is no state of a Pruner; pass what Pruner.state_dict() returned")
+        if state["architecture"] != plans.fingerprint(self.graph.model):
+            raise StateError(
+                "the state belongs to another model: names or shapes of parameters differ"
+            )
+        mine = asdict(self.config)
+        changed = [key for key in mine if state["config"].get(key) != mine[key]]
+        if changed:
+            raise StateError(
+                f"the state was made with another Config: {changed[0]} was "
+                f"{state['config'].get(changed[0])!r} and is {mine[changed[0]]!r}; use the "
+                "same Config"
+            )
+        arrays = {
+            key: state[key].detach().cpu().numpy().copy() for key in ("alive", "fresh", "bonus")
+        }
+        wanted = {"alive": self._alive, "fresh": self._fresh, "bonus": self._bonus}
+        for key, array in arrays.items():
+            if array.shape != wanted[key].shape or array.dtype != wanted[key].dtype:
+                raise StateError(f"the state is damaged: {key!r} has shape {array.shape}")
+        self.gates.load_state_dict(state["saved"])
+        self._alive, self._fresh = arrays["alive"], arrays["fresh"]
+        self._bonus = arrays["bonus"]
+        self._window.load_state_dict(state["window"])
+        sparsity = state["sparsity"]
+        self._sparsity = None if sparsity is None else sparsity.detach().cpu().numpy().copy()
+        for name in _COUNTERS:
+            setattr(self, f"_{name}", state["counters"][name])
+        self.events = [event_from_json(event) for event in state["events"]]
+
+
+_COUNTERS = ("step", "calls", "iteration", "left", "final")

@@ -1,0 +1,331 @@
+"""Files: safetensors plus JSON, written atomically, read with suspicion, never pickled.
+
+A saved network is one ``.safetensors`` file: the small tensors, and in its metadata the recipe that
+turns the dense architecture into the small one. A *tree* is any nest of dicts, lists, scalars and
+tensors in the same kind of file; checkpoints are trees.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from psap.errors import ArgumentError, ArgumentTypeError, FileError
+from psap.plans import Plan
+from psap.program import program
+from psap.shrink import Result, check_plan, small_copy
+
+FORMAT = "psap-recipe"
+VERSION = 1
+Path_ = str | os.PathLike[str]
+
+
+@contextmanager
+def replacing(path: Path_) -> Iterator[Path]:
+    """Give a temporary path beside ``path``; move it there when the block succeeds.
+
+    Whatever fails (no space, no permission, an interrupt), an older file at ``path`` survives.
+
+    Raises:
+        FileError: the file cannot be written.
+    """
+    target = Path(path)
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        os.close(handle)
+    except OSError as error:
+        raise FileError(
+            f"cannot write {target}: {error.strerror}; choose a folder that exists and is writable"
+        ) from error
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        mode = target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask()
+        temporary.chmod(mode)
+        temporary.replace(target)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise FileError(
+            f"cannot write {target}: {error}; an older file there is as it was. Free some space or "
+            "choose another folder"
+        ) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def atomic_write(path: Path_, data: str | bytes) -> None:
+    """Replace a file by ``data``; an older one survives a failure.
+
+    Raises:
+        FileError: the file cannot be written.
+    """
+    with replacing(path) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def _write(path: Path_, tensors: Mapping[str, Tensor], body: Mapping[str, Any]) -> None:
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as temporary:
+        save_file(plain, temporary, metadata={"psap": json.dumps(body)})
+
+
+def _read(path: Path_, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All tensors and the JSON body of a file.
+
+    Raises:
+        FileError: there is no such file, or it is no file of ours.
+    """
+    source = Path(path)
+    if not source.is_file():
+        raise FileError(f"{source} does not exist; pass the path of a {what}")
+    try:
+        with safetensors.safe_open(source, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            body = json.loads(metadata["psap"]) if "psap" in metadata else None
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise FileError(
+            f"{source} cannot be read: {error}; it is damaged or cut short: save it again"
+        ) from error
+    if not isinstance(body, dict):
+        raise FileError(
+            f"{source} is a safetensors file, but no {what}; it was not written by psap"
+        )
+    return tensors, body
+
+
+def _check_header(path: Path_, body: Mapping[str, Any], form: str, version: int, what: str) -> None:
+    if body.get("format") != form:
+        raise FileError(f"{path} holds {body.get('format')!r}, and is no {what}")
+    if body.get("version") != version:
+        raise FileError(
+            f"{path} has format version {body.get('version')!r}, this psap reads {version}; "
+            "upgrade psap"
+        )
+
+
+# Networks
+
+
+def save(result: Result, path: Path_) -> None:
+    """Save a small network: its tensors, and the recipe to rebuild it from the dense factory.
+
+    Args:
+        result: what `psap.apply` or `Pruner.finish` returned. The model may have been trained on.
+        path: where to; conventionally ends in ``.safetensors``. Replaced atomically.
+
+    Raises:
+        ArgumentTypeError: ``result`` is no result.
+        FileError: the file cannot be written; an older one survives.
+    """
+    if not isinstance(result, Result):
+        raise ArgumentTypeError(
+            f"result is a {type(result).__name__}; pass what psap.apply or Pruner.finish returned"
+        )
+    tensors, aliases = _state(result.model)
+    body = {
+        "format": FORMAT,
+        "version": VERSION,
+        "mode": result.mode,
+        "class": type(result.model).__name__,
+        "aliases": aliases,
+        "plan": json.loads(result.plan.to_json()),
+    }
+    _write(path, tensors, body)
+
+
+def _state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The state dict without repetitions, and which name stands for which."""
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[tuple[Any, ...], str] = {}
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            raise ArgumentTypeError(
+                f"the state of {name!r} is a {type(tensor).__name__}; only tensors can be saved"
+            )
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.numel() and key in seen:
+            aliases[name] = seen[key]
+        else:
+            seen[key] = name
+            tensors[name] = tensor
+    return tensors, aliases
+
+
+def load(path: Path_, factory: Callable[[], nn.Module]) -> nn.Module:
+    """Rebuild a small network from the dense architecture and a saved file.
+
+    Args:
+        path: what `save` wrote.
+        factory: builds the dense model, untrained, on any device.
+
+    Returns:
+        The small network with the saved values, in the mode (train or eval) and on the device that
+        the factory gave.
+
+    Raises:
+        FileError: the file is missing, damaged, hostile, or of another version.
+        ArgumentError: the recipe belongs to another architecture.
+        ArgumentTypeError: the factory is not callable or makes no module.
+    """
+    if not callable(factory) or isinstance(factory, nn.Module):
+        raise ArgumentTypeError(
+            "factory must build the dense model, for example lambda: resnet20()"
+        )
+    tensors, body = _read(path, "network saved by psap.save")
+    _check_header(path, body, FORMAT, VERSION, "network saved by psap.save")
+    mode, aliases = body.get("mode"), body.get("aliases")
+    if mode not in ("module", "graph") or not isinstance(aliases, dict):
+        raise FileError(f"{path} is damaged: its recipe has no mode; save it again")
+    plan = Plan.from_json(json.dumps(body.get("plan")))
+    dense = factory()
+    if not isinstance(dense, nn.Module):
+        raise ArgumentTypeError(
+            f"factory returned a {type(dense).__name__}; return the dense nn.Module"
+        )
+    check_plan(dense, plan)
+    small = small_copy(dense, plan) if mode == "module" else _program(dense, plan)
+    _fill(small, tensors, aliases, path)
+    return small
+
+
+def _program(dense: nn.Module, plan: Plan) -> nn.Module:
+    device = next(dense.parameters()).device
+    inputs = []
+    for spec in plan.inputs:
+        if spec is None:
+            raise FileError(
+                "the recipe was traced with inputs that are no tensors; apply the plan anew"
+            )
+        inputs.append(torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype), device=device))
+    return program(dense, plan, tuple(inputs), small_copy)
+
+
+@torch.no_grad()
+def _fill(
+    model: nn.Module, tensors: Mapping[str, Tensor], aliases: Mapping[str, Any], path: Path_
+) -> None:
+    values = dict(tensors)
+    for name, other in aliases.items():
+        if other not in tensors:
+            raise FileError(f"{path} is damaged: {name!r} stands for {other!r}, which is missing")
+        values[name] = tensors[other]
+    state = model.state_dict()
+    missing, extra = sorted(set(state) - set(values)), sorted(set(values) - set(state))
+    if missing or extra:
+        raise FileError(
+            f"{path} does not fit its recipe: "
+            + (f"{missing[0]!r} is missing" if missing else f"{extra[0]!r} is too much")
+        )
+    for name, tensor in state.items():
+        if tensor.shape != values[name].shape:
+            raise FileError(
+                f"{path} does not fit its recipe: {name!r} has shape {tuple(values[name].shape)}, "
+                f"the recipe makes {tuple(tensor.shape)}"
+            )
+        if tensor.dtype != values[name].dtype:
+            tensor.data = tensor.data.to(values[name].dtype)
+    for name, tensor in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items():
+        if name in values:
+            if tensor.dtype != values[name].dtype:
+                tensor.data = tensor.data.to(values[name].dtype)
+            tensor.data.copy_(values[name])
+
+
+# Trees
+
+
+def write_tree(path: Path_, tree: Any) -> None:
+    """Write a nest of dicts, lists, tuples, scalars and tensors to one file, atomically.
+
+    Args:
+        path: where to.
+        tree: the nest; keys may be strings or numbers. Tensors keep dtype and channels_last.
+
+    Raises:
+        ArgumentTypeError: the nest holds something else.
+        FileError: the file cannot be written; an older one survives.
+    """
+    tensors: dict[str, Tensor] = {}
+    body = {"format": "psap-tree", "version": 1, "tree": _encode(tree, tensors, "tree")}
+    _write(path, tensors, body)
+
+
+def read_tree(path: Path_) -> Any:
+    """Read what `write_tree` wrote; tensors come on the CPU.
+
+    Raises:
+        FileError: the file is missing, damaged, or no tree.
+    """
+    tensors, body = _read(path, "tree written by psap")
+    _check_header(path, body, "psap-tree", 1, "tree written by psap")
+    try:
+        return _decode(body["tree"], tensors)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise FileError(f"{path} is damaged ({error}); go back to an older checkpoint") from error
+
+
+def _encode(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Tensor):
+        name = str(len(tensors))
+        last = value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last)
+        tensors[name] = value.detach().clone(memory_format=torch.contiguous_format)
+        return {"$tensor": name, "last": last and not value.is_contiguous()}
+    if isinstance(value, Mapping):
+        pairs = [[k, _encode(v, tensors, f"{where}.{k}")] for k, v in value.items()]
+        if any(not isinstance(k, (str, int, float)) for k, _ in pairs):
+            raise ArgumentTypeError(f"{where} has a key that is neither text nor number")
+        return {"$dict": pairs}
+    if isinstance(value, (list, tuple)):
+        items = [_encode(v, tensors, f"{where}[{i}]") for i, v in enumerate(value)]
+        return {"$tuple": items} if isinstance(value, tuple) else items
+    raise ArgumentTypeError(f"{where} is a {type(value).__name__}, which cannot be saved in a tree")
+
+
+def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_decode(v, tensors) for v in value]
+    if not isinstance(value, dict):
+        return value
+    if "$tensor" in value:
+        tensor = tensors[value["$tensor"]]
+        return tensor.contiguous(memory_format=torch.channels_last) if value["last"] else tensor
+    if "$tuple" in value:
+        return tuple(_decode(v, tensors) for v in value["$tuple"])
+    return {k: _decode(v, tensors) for k, v in value["$dict"]}
+
+
+def check_is_result(value: Any) -> nn.Module:
+    """The model of a result, or the module itself.
+
+    Raises:
+        ArgumentTypeError: it is neither.
+        ArgumentError: it has no parameters.
+    """
+    model = value.model if isinstance(value, Result) else value
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError(f"got a {type(value).__name__}; pass a psap Result or an nn.Module")
+    if not list(model.parameters()):
+        raise ArgumentError("the model has no parameters; there is nothing to export")
+    return model

@@ -1,0 +1,130 @@
+"""From sparsity ratios to group widths under a budget: pure numbers (docs/method.md, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from psap.config import Schedule
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+Fits = Callable[[Ints], bool]
+
+
+def kept_share(step: int, steps: int, target: float, schedule: Schedule) -> float:
+    """F_t, the share that is kept after prune step ``step`` of ``steps`` (equation 2).
+
+    Args:
+        step: t, from 1 to ``steps``.
+        steps: n.
+        target: F, kept share at the end.
+        schedule: "cubic" prunes most at first; "linear" the same at every step.
+
+    Returns:
+        A number from F to 1, exactly F at the last step.
+    """
+    if step >= steps:
+        return target
+    done = step / steps
+    progress = 1 - (1 - done) ** 3 if schedule == "cubic" else done
+    return 1 - (1 - target) * progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Bounds of the widths of one group.
+
+    Attributes:
+        size: C_g.
+        floor: the smallest width allowed.
+        quantum: widths are multiples of this, or the full size.
+    """
+
+    size: int
+    floor: int
+    quantum: int
+
+    def nearest(self, width: float) -> int:
+        """The allowed width that is nearest, or the next larger one at the floor."""
+        steps = int(np.floor(width / self.quantum + 0.5))
+        least = -(-self.floor // self.quantum)
+        return min(self.size, max(steps, least) * self.quantum)
+
+    def above(self, width: int) -> int:
+        """The next larger allowed width."""
+        return min(self.size, (width // self.quantum + 1) * self.quantum)
+
+
+def limits(
+    sizes: Sequence[int], max_ratio: float, min_channels: int, round_to: int
+) -> list[Limits]:
+    """Bounds of every group: c_min, the largest ratio, and the multiple."""
+    bounds = []
+    for size in sizes:
+        floor = max(1, min_channels, int(np.ceil(size * (1 - max_ratio) - 1e-9)))
+        bounds.append(Limits(size=size, floor=min(size, floor), quantum=min(size, round_to)))
+    return bounds
+
+
+def solve(
+    sparsity: Floats, factors: Floats, power: float, bounds: Sequence[Limits], fits: Fits
+) -> Ints:
+    """The widths of equation (3): ratios ``kappa * factor * sparsity**power`` that just fit.
+
+    The smallest kappa that fits is found by bisection; what rounding left over is then spent on
+    single quanta, the least sparse group first.
+
+    Args:
+        sparsity: weight sparsity ratio per group, [groups] in [0, 1].
+        factors: factor per group on its ratio, [groups].
+        power: exponent of the sparsity ratio.
+        bounds: bounds per group.
+        fits: whether widths keep the budget; must not turn false when widths shrink.
+
+    Returns:
+        Widths int64 [groups]. If even the floors do not fit, the floors.
+    """
+    sizes = np.array([b.size for b in bounds], dtype=np.int64)
+    if not len(bounds) or fits(sizes):
+        return sizes
+    weight = np.nan_to_num(sparsity, nan=1.0) ** power
+    if not weight.any() or np.ptp(weight) == 0:
+        weight = np.ones_like(weight)
+    weight = weight * factors
+
+    def widths(kappa: float) -> Ints:
+        kept = sizes * (1 - np.minimum(1.0, kappa * weight))
+        return np.array([b.nearest(k) for b, k in zip(bounds, kept, strict=True)], dtype=np.int64)
+
+    low, high = 0.0, 1e4
+    for _ in range(60):
+        middle = (low + high) / 2
+        if fits(widths(middle)):
+            high = middle
+        else:
+            low = middle
+    found = widths(high)
+    if not fits(found):
+        found = np.array([b.nearest(b.floor) for b in bounds], dtype=np.int64)
+        if not fits(found):
+            return found
+    return _fill(found, np.argsort(sparsity, kind="stable"), bounds, fits)
+
+
+def _fill(widths: Ints, order: NDArray[np.int64], bounds: Sequence[Limits], fits: Fits) -> Ints:
+    """Spend what is left of the budget, one quantum at a time, least sparse group first."""
+    open_ = [int(g) for g in order]
+    while open_:
+        still = []
+        for g in open_:
+            larger = widths.copy()
+            larger[g] = bounds[g].above(int(widths[g]))
+            if larger[g] > widths[g] and fits(larger):
+                widths = larger
+                still.append(g)
+        open_ = still
+    return widths

@@ -1,0 +1,359 @@
+"""Carry out a plan: plan, check, commit. The caller's objects change only if everything holds."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+import psap_kernels
+from psap import optim
+from psap.errors import ArgumentError, ArgumentTypeError, PsapError, VerificationError
+from psap.graph.trace import as_inputs, check_model
+from psap.plans import Plan, fingerprint
+from psap.program import program
+from psap.verify import Verification, verify
+
+Mode = Literal["auto", "module", "graph"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `psap.apply` and `Pruner.finish` return.
+
+    Attributes:
+        model: the small network.
+        optimizer: the optimizer of the small network, with all of its state, or None.
+        plan: what was carried out.
+        mode: "module" or "graph", how the small network was made.
+        inputs: the example inputs, for exporting.
+        report: facts about the run as JSON values: verification, and the events of a `Pruner`.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer | None
+    plan: Plan
+    mode: Literal["module", "graph"]
+    inputs: tuple[Any, ...] | None = field(repr=False)
+    report: dict[str, Any] = field(repr=False)
+
+
+def check_plan(model: nn.Module, plan: Plan) -> nn.Module:
+    """Check that a plan was made for this architecture.
+
+    Returns:
+        The model, without the wrapper of ``torch.compile``.
+
+    Raises:
+        ArgumentTypeError: an argument has the wrong type.
+        ArgumentError: the plan belongs to another model; names the first difference.
+    """
+    model = check_model(model)
+    if not isinstance(plan, Plan):
+        raise ArgumentTypeError(f"plan is a {type(plan).__name__}; pass what psap.plan returned")
+    tensors = _tensors(model)
+    for side in plan.sides:
+        tensor = tensors.get(side.name)
+        if tensor is None:
+            raise ArgumentError(
+                f"the plan was made for another model: this {type(model).__name__} "
+                f"has no {side.name!r}"
+            )
+        if not 0 <= side.dim < tensor.dim() or tensor.shape[side.dim] != side.size:
+            raise ArgumentError(
+                f"the plan was made for another model: {side.name} has shape "
+                f"{tuple(tensor.shape)}, the plan expects {side.size} along dimension {side.dim}"
+            )
+    if plan.architecture != fingerprint(model):
+        raise ArgumentError(
+            "the plan was made for another model: the names or shapes of its parameters differ; "
+            "make a new plan with psap.plan(psap.trace(model, example_inputs), ...)"
+        )
+    return model
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+@torch.no_grad()
+def gather(tensor: Tensor, kept: Mapping[int, tuple[int, ...]]) -> Tensor:
+    """The kept positions of a tensor, along any of its dimensions.
+
+    Args:
+        tensor: any shape and dtype.
+        kept: positions that stay, by dimension.
+
+    Returns:
+        A new contiguous or channels_last tensor; a copy if nothing goes.
+    """
+    index = {d: torch.tensor(k, dtype=torch.int64, device=tensor.device) for d, k in kept.items()}
+    if tensor.dim() == 0:
+        return tensor.clone()
+    small = psap_kernels.shrink([tensor.detach()], [index.pop(0, None)], [index.pop(1, None)])[0]
+    for dim, positions in index.items():
+        small = small.index_select(dim, positions)
+    return small
+
+
+def mask(model: nn.Module, plan: Plan) -> nn.Module:
+    """The dense network with the plan's channels set to zero: what the small one must equal.
+
+    Only what *makes* a channel is zeroed (filters, biases, affine pairs of norms, running means);
+    what reads it is not, so the comparison proves that pruned channels really are silent.
+
+    Args:
+        model: the dense model; it is not changed.
+        plan: what `psap.plan` returned.
+
+    Returns:
+        A copy of the model.
+
+    Raises:
+        ArgumentError: the plan belongs to another model.
+    """
+    model = check_plan(model, plan)
+    masked = _copy(model, {})
+    zero_(masked, plan)
+    return masked
+
+
+@torch.no_grad()
+def zero_(model: nn.Module, plan: Plan) -> None:
+    """Set what makes the plan's pruned channels to exact zero, in place."""
+    tensors = _tensors(model)
+    targets, keeps = [], []
+    for side in plan.sides:
+        if side.role == "out":
+            keep = torch.zeros(side.size, dtype=torch.bool)
+            keep[list(side.kept)] = True
+            target = tensors[side.name].detach()
+            targets.append(target.movedim(side.dim, 0))
+            keeps.append(keep.to(target.device))
+    psap_kernels.zero_filters_(targets, keeps)
+
+
+def _copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A deep copy in which the tensors in ``memo`` are already replaced."""
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise PsapError(
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); remove "
+            "what copy.deepcopy refuses, such as open files or tensors that were computed"
+        ) from error
+
+
+def small_copy(model: nn.Module, plan: Plan) -> nn.Module:
+    """A copy of the model with the plan's channels removed from every tensor.
+
+    Pruned tensors are never copied at full size. Parameters keep ``requires_grad``, their gradient,
+    and their names; shared ones stay shared; module attributes such as ``in_channels`` follow.
+    """
+    kept = plan.kept()
+    memo: dict[int, Any] = {}
+    for name, tensor in _tensors(model).items():
+        memo[id(tensor)] = _small(tensor, kept.get(name, {}))
+    small = _copy(model, memo)
+    for module in small.modules():
+        _refit(module)
+    return small
+
+
+def _small(tensor: Tensor, kept: Mapping[int, tuple[int, ...]]) -> Tensor:
+    data = gather(tensor, kept)
+    if not isinstance(tensor, nn.Parameter):
+        return data
+    parameter = nn.Parameter(data, requires_grad=tensor.requires_grad)
+    if tensor.grad is not None:
+        parameter.grad = gather(tensor.grad, kept)
+    return parameter
+
+
+def _refit(module: nn.Module) -> None:
+    """Let the attributes of a module follow the shapes of its tensors."""
+    weight = module._parameters.get("weight")
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        vector = weight if weight is not None else module._buffers.get("running_mean")
+        if vector is not None:
+            module.num_features = vector.shape[0]
+    if weight is None:
+        return
+    if isinstance(module, nn.modules.conv._ConvNd):
+        _refit_conv(module, weight)
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = weight.shape
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = weight.numel()
+    elif isinstance(module, nn.Embedding):
+        module.embedding_dim = weight.shape[1]
+    elif isinstance(module, nn.GroupNorm) and weight.shape[0] != module.num_channels:
+        module.num_groups = module.num_channels = weight.shape[0]
+
+
+def _refit_conv(module: nn.modules.conv._ConvNd, weight: Tensor) -> None:
+    depthwise = module.groups > 1 and module.in_channels == module.groups and not module.transposed
+    if depthwise:
+        module.groups = weight.shape[0] // (module.out_channels // module.groups)
+    gives, reads = (1, 0) if module.transposed else (0, 1)
+    module.out_channels = weight.shape[gives]
+    module.in_channels = weight.shape[reads] * module.groups
+
+
+def apply(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    example_inputs: Any = None,
+    mode: Mode = "auto",
+    check: bool = True,
+    inplace: bool = False,
+) -> Result:
+    """Make the small network of a plan, and prove that it equals the masked dense one.
+
+    The caller's model and optimizer stay as they are; the result holds new ones. With ``inplace``
+    they are changed instead, after the proof, so that schedulers, scalers and other holders of
+    references go on working.
+
+    Args:
+        model: the dense model that the plan was made for.
+        plan: what `psap.plan` returned.
+        optimizer: its optimizer; momentum and all other state goes with the channels.
+        example_inputs: inputs for the proof; by default what the model was traced with.
+        mode: "module" cuts the tensors of the user's own modules; "graph" also rewrites sizes that
+            forward() fixes in Python, and gives a ``torch.fx.GraphModule``; "auto" tries the first
+            and takes the second if it must.
+        check: prove shrunk == masked in float64, in evaluation and in train mode. Without it, a
+            forward that fixes sizes goes unnoticed.
+        inplace: change the caller's model and optimizer.
+
+    Returns:
+        The small model, its optimizer, the plan, and the proof.
+
+    Raises:
+        ArgumentError: the plan or the optimizer belongs to another model, or a value is unknown.
+        ArgumentTypeError: an argument has the wrong type.
+        VerificationError: the small network differs; names the first layer that does.
+    """
+    model = check_plan(model, plan)
+    if mode not in ("auto", "module", "graph"):
+        raise ArgumentError(f"mode is {mode!r}; pass 'auto', 'module' or 'graph'")
+    if inplace and mode == "graph":
+        raise ArgumentError(
+            "mode='graph' makes a new module; it cannot be combined with inplace=True"
+        )
+    names = {} if optimizer is None else optim.check_optimizer(optimizer, model)
+    inputs = _inputs(plan, example_inputs, model)
+    if mode == "auto" and inplace:
+        mode = "module"
+    small, made, proof = _build(model, plan, inputs, mode, check)
+    state: dict[str, Any] = {}
+    if optimizer is not None:
+        kept = plan.kept()
+        state = optim.shrink_state(optimizer, names, lambda n, x: gather(x, kept.get(n, {})))
+    report = {"verification": None if proof is None else vars(proof)}
+    done = replace(plan, graph=None)  # the result must not keep the dense model alive
+    if inplace:
+        _commit(model, small, optimizer, names, state)
+        return Result(model, optimizer, done, made, inputs, report)
+    fresh = None if optimizer is None else optim.rebuild(optimizer, names, small, state)
+    return Result(small, fresh, done, made, inputs, report)
+
+
+def _inputs(plan: Plan, example_inputs: Any, model: nn.Module) -> tuple[Any, ...] | None:
+    if example_inputs is not None:
+        return as_inputs(example_inputs)
+    if plan.graph is not None:
+        return plan.graph.inputs
+    if any(spec is None for spec in plan.inputs):
+        return None
+    device = next(model.parameters()).device
+    return tuple(
+        torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype), device=device)
+        for spec in plan.inputs
+        if spec is not None
+    )
+
+
+def _build(
+    model: nn.Module, plan: Plan, inputs: tuple[Any, ...] | None, mode: Mode, check: bool
+) -> tuple[nn.Module, Literal["module", "graph"], Verification | None]:
+    """The small network in the first mode whose proof holds."""
+    if inputs is None and (check or mode == "graph"):
+        raise ArgumentError("the plan does not hold example inputs; pass example_inputs=...")
+    makers: dict[Literal["module", "graph"], Callable[[nn.Module], nn.Module]] = {}
+    if mode in ("auto", "module"):
+        makers["module"] = lambda dense: small_copy(dense, plan)
+    if mode in ("auto", "graph") and inputs is not None:
+        makers["graph"] = lambda dense: program(dense, plan, inputs, small_copy)
+    failures = []
+    for name, make in makers.items():
+        try:
+            if not check:
+                return make(model), name, None
+            proof = verify(model, plan, inputs or (), make, zero_, name)
+            return make(model), name, proof
+        except VerificationError as error:
+            failures.append(f"{name} mode: {error}")
+    raise VerificationError("the small network was refused. " + "; ".join(failures))
+
+
+def _commit(
+    model: nn.Module,
+    small: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    names: Mapping[int, str],
+    state: Mapping[str, Any],
+) -> None:
+    """Move the small network into the caller's objects; put everything back on any failure."""
+    with _undoing() as undo:
+        for old, new in zip(_tensors(model).values(), _tensors(small).values(), strict=True):
+            undo.append(_restorer(old, old.data, old.grad))
+            old.grad = None
+            old.data = new.data
+            old.grad = new.grad
+        for module, source in zip(model.modules(), small.modules(), strict=True):
+            for key in ("in_channels", "out_channels", "groups", "num_features", "in_features"):
+                _move(module, source, key, undo)
+            for key in ("out_features", "num_parameters", "embedding_dim", "num_groups"):
+                _move(module, source, key, undo)
+            _move(module, source, "num_channels", undo)
+        if optimizer is not None:
+            before = {p: dict(entries) for p, entries in optimizer.state.items()}
+            undo.append(lambda: optimizer.state.update(before))
+            for parameter in list(optimizer.state):
+                optimizer.state[parameter] = state[names[id(parameter)]]
+
+
+def _move(module: nn.Module, source: nn.Module, key: str, undo: list[Callable[[], None]]) -> None:
+    old = module.__dict__.get(key)
+    if isinstance(old, int) and old != source.__dict__[key]:
+        undo.append(lambda: setattr(module, key, old))
+        setattr(module, key, source.__dict__[key])
+
+
+def _restorer(tensor: Tensor, data: Tensor, grad: Tensor | None) -> Callable[[], None]:
+    def restore() -> None:
+        tensor.grad = None
+        tensor.data = data
+        tensor.grad = grad
+
+    return restore
+
+
+@contextmanager
+def _undoing() -> Iterator[list[Callable[[], None]]]:
+    """Run what was collected, last first, if the block fails or is interrupted."""
+    undo: list[Callable[[], None]] = []
+    try:
+        yield undo
+    except BaseException:
+        for action in reversed(undo):
+            action()
+        raise

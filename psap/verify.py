@@ -1,0 +1,246 @@
+"""The proof that the small network computes what the masked dense network computes.
+
+Both are made from one float64 copy of the user's model whose norm statistics and affine pairs are
+random, so that nothing passes by accident (fresh batch norms are the identity; many nets start a
+residual branch with gamma = 0). They are compared in evaluation and in train mode.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from psap.errors import VerificationError
+from psap.graph.trace import output_tensors, untouched
+from psap.plans import Plan
+
+TOLERANCE = 1e-9
+"""Largest relative error in float64."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The outcome of a proof.
+
+    Attributes:
+        max_relative_error: largest difference of an output over the largest output, float64.
+        dtype: dtype of the comparison.
+        modes: which modes of the model were compared.
+        mode: "module" or "graph", how the small network was made.
+    """
+
+    max_relative_error: float
+    dtype: str
+    modes: tuple[str, ...]
+    mode: str
+
+
+def verify(
+    model: nn.Module,
+    plan: Plan,
+    inputs: tuple[Any, ...],
+    make: Callable[[nn.Module], nn.Module],
+    zero_: Callable[[nn.Module, Plan], None],
+    mode: str,
+) -> Verification:
+    """Compare the masked and the small network on copies.
+
+    Args:
+        model: the dense model; it is not changed.
+        plan: the plan.
+        inputs: example inputs; floating ones are replaced by random numbers of their shape.
+        make: builds the small network from a dense one.
+        zero_: masks a dense network in place.
+        mode: how ``make`` works, for the record.
+
+    Raises:
+        VerificationError: the outputs differ, or the small network fails; names the first layer.
+    """
+    with untouched(model):
+        generator = torch.Generator().manual_seed(0)
+        masked = randomised(model, generator)
+        small = _made(make, masked)
+        zero_(masked, plan)
+        batch = _random_inputs(inputs, generator)
+        worst, modes = 0.0, []
+        for training in (False, True):
+            name = "train" if training else "eval"
+            wanted = _forward(masked, batch, training)
+            if wanted is None:
+                continue  # the dense network itself cannot run in this mode on these inputs
+            error = _compare(masked, small, plan, batch, training, wanted)
+            worst = max(worst, error)
+            modes.append(name)
+    if not modes:
+        raise VerificationError("the dense network itself failed on the example inputs")
+    return Verification(worst, "float64", tuple(modes), mode)
+
+
+def _made(make: Callable[[nn.Module], nn.Module], dense: nn.Module) -> nn.Module:
+    try:
+        return make(dense)
+    except VerificationError:
+        raise
+    except Exception as error:
+        raise VerificationError(f"building failed with {type(error).__name__}: {error}") from error
+
+
+@torch.no_grad()
+def randomised(model: nn.Module, generator: torch.Generator) -> nn.Module:
+    """A float64 copy with random norms."""
+    dense = copy.deepcopy(model).double()
+    for module in dense.modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            _randomise(module, generator)
+    return dense
+
+
+def _randomise(module: nn.modules.batchnorm._NormBase, generator: torch.Generator) -> None:
+    for name, low, high in (
+        ("weight", 0.5, 1.5),
+        ("bias", -0.5, 0.5),
+        ("running_mean", -0.5, 0.5),
+        ("running_var", 0.5, 1.5),
+    ):
+        tensor = getattr(module, name, None)
+        if tensor is not None:
+            numbers = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
+            tensor.copy_(low + (high - low) * numbers)
+
+
+def _random_inputs(inputs: tuple[Any, ...], generator: torch.Generator) -> tuple[Any, ...]:
+    """Random float64 inputs, at least two of them where the inputs are a batch of one."""
+    tensors = [x for x in inputs if isinstance(x, Tensor) and x.dim()]
+    single = bool(tensors) and all(x.shape[0] == 1 for x in tensors)
+    made = []
+    for x in inputs:
+        if not isinstance(x, Tensor):
+            made.append(x)
+            continue
+        shape = [2, *x.shape[1:]] if single and x.dim() else list(x.shape)
+        if x.is_floating_point():
+            numbers = torch.randn(shape, generator=generator, dtype=torch.float64)
+            made.append(numbers.to(x.device))
+        else:
+            made.append(x.expand(shape).clone())
+    return tuple(made)
+
+
+class _NoDropout(TorchFunctionMode):
+    """Dropout draws by shape, and shapes differ; without it both networks are comparable."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Let dropouts of all kinds pass their input on."""
+        kwargs = kwargs or {}
+        if "dropout" in getattr(func, "__name__", ""):
+            return args[0] if args else kwargs["input"]
+        return func(*args, **kwargs)
+
+
+def _run(model: nn.Module, inputs: tuple[Any, ...], training: bool) -> list[Tensor]:
+    with untouched(model), _NoDropout():
+        model.train(training)
+        torch.manual_seed(0)
+        return output_tensors(model(*inputs))
+
+
+def _forward(model: nn.Module, inputs: tuple[Any, ...], training: bool) -> list[Tensor] | None:
+    try:
+        return _run(model, inputs, training)
+    except Exception:
+        return None
+
+
+def _compare(
+    masked: nn.Module,
+    small: nn.Module,
+    plan: Plan,
+    inputs: tuple[Any, ...],
+    training: bool,
+    wanted: list[Tensor],
+) -> float:
+    mode = "train" if training else "eval"
+    try:
+        got = _run(small, inputs, training)
+    except Exception as error:
+        where = _first_difference(masked, small, plan, inputs, training)
+        raise VerificationError(
+            f"the small network fails in {mode} mode with {type(error).__name__}: "
+            f"{str(error).splitlines()[0]}{where}"
+        ) from error
+    off = _relative_error(wanted, got)
+    if not off <= TOLERANCE:
+        where = _first_difference(masked, small, plan, inputs, training)
+        raise VerificationError(
+            f"the small network differs from the masked one by {off:.2e} (relative, {mode} mode, "
+            f"float64; at most {TOLERANCE:.0e} is allowed){where}"
+        )
+    return off
+
+
+def _relative_error(wanted: list[Tensor], got: list[Tensor]) -> float:
+    if [x.shape for x in wanted] != [x.shape for x in got]:
+        return float("inf")
+    worst = 0.0
+    for a, b in zip(wanted, got, strict=True):
+        if a.is_floating_point() and a.numel():
+            scale = float(a.abs().max())
+            difference = float((a - b).abs().max())
+            if difference != 0:  # NaN counts as a difference
+                worst = max(worst, difference / scale if scale else float("inf"), key=_nan_last)
+        elif not torch.equal(a, b):
+            return float("inf")
+    return worst
+
+
+def _nan_last(value: float) -> float:
+    return float("inf") if value != value else value
+
+
+@contextmanager
+def _recorded(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Outputs of all leaf modules while the block runs, in order of execution."""
+    outputs: dict[str, Tensor] = {}
+    handles = []
+    for name, module in model.named_modules():
+        if not list(module.children()):
+
+            def record(_: nn.Module, __: Any, out: Any, name: str = name) -> None:
+                if isinstance(out, Tensor):
+                    outputs[name] = out
+
+            handles.append(module.register_forward_hook(record))
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _first_difference(
+    masked: nn.Module, small: nn.Module, plan: Plan, inputs: tuple[Any, ...], training: bool
+) -> str:
+    """Name the first layer whose kept outputs differ, or at which the small network stops."""
+    kept = {s.name.rpartition(".")[0]: s.kept for s in plan.sides if s.role == "out"}
+    with _recorded(masked) as wanted:
+        _forward(masked, inputs, training)
+    with _recorded(small) as got:
+        _forward(small, inputs, training)
+    for name, output in wanted.items():
+        other = got.get(name)
+        if other is None:
+            return f"; it stops at {name}"
+        if name in kept and output.dim() > 1 and output.shape[1] != other.shape[1]:
+            output = output.index_select(1, torch.tensor(kept[name], device=output.device))
+        if output.shape != other.shape or not _relative_error([output], [other]) <= TOLERANCE:
+            return f"; the first layer that differs is {name}"
+    return "; the difference comes after the last layer"
