@@ -37,12 +37,14 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _inputs(value: Result | nn.Module, example_inputs: Any) -> tuple[Any, ...]:
+def _inputs(value: Result | nn.Module, example_inputs: Any, dynamic_batch: bool) -> tuple[Any, ...]:
     if example_inputs is None and isinstance(value, Result):
         example_inputs = value.inputs
     inputs = as_inputs(example_inputs)
     tensors = [x for x in inputs if isinstance(x, Tensor) and x.dim()]
-    if all(x.shape[0] == 1 for x in tensors):  # a batch of one would be taken for a constant
+    if dynamic_batch and all(
+        x.shape[0] == 1 for x in tensors
+    ):  # a batch of one would be taken for a constant
         return tuple(
             x.expand(2, *x.shape[1:]).contiguous() if isinstance(x, Tensor) and x.dim() else x
             for x in inputs
@@ -120,7 +122,7 @@ def export_onnx(
         import onnxscript  # noqa: F401 - the exporter needs it
     except ImportError as error:
         raise PsapError(f"{error.name} is missing; pip install 'psap[onnx]'") from error
-    inputs = _inputs(model, example_inputs)
+    inputs = _inputs(model, example_inputs, dynamic_batch)
     exported = _program(module, inputs, dynamic_batch)
     with replacing(path) as temporary:
         try:
@@ -172,7 +174,7 @@ def export_pt2(
         FileError: the file cannot be written.
     """
     module = check_is_result(model)
-    inputs = _inputs(model, example_inputs)
+    inputs = _inputs(model, example_inputs, dynamic_batch)
     exported = _program(module, inputs, dynamic_batch)
     with replacing(path) as temporary:
         with temporary.open("wb") as opened:

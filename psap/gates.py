@@ -240,7 +240,8 @@ class Gates:
             channels = self.graph.channels[side]
             inside = channels >= 0
             np.add.at(total, channels[inside], each.cpu().numpy()[inside])
-        return total
+        scale = getattr(self._optimizer, "grad_scale", None)  # a GradScaler and a fused optimizer
+        return total if scale is None else total / float(scale)
 
     @torch.no_grad()
     def still_gradients(self, alive: Bools) -> None:
@@ -263,27 +264,36 @@ class Gates:
             for (name, dim), saved in self.saved.items()
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` gave.
+    def read_state(
+        self, state: Mapping[str, Any], alive: Bools, *, empty: bool
+    ) -> dict[Side, Saved]:
+        """Check what `state_dict` gave; nothing is changed.
+
+        Args:
+            state: the saved copies.
+            alive: bool [channels], the masks they belong to.
+            empty: the masks are final, so that there must be no copies.
 
         Raises:
-            StateError: a saved copy does not fit the model.
+            StateError: a saved copy does not fit the model or the masks.
         """
         saved: dict[Side, Saved] = {}
         for side in (*self.makers, *self.states):
             entry = state.get(f"{side[0]}:{side[1]}")
-            if entry is None:
+            wanted = torch.from_numpy(np.flatnonzero(self._dead(side, alive) & (not empty)))
+            if entry is None and not wanted.numel():
                 continue
-            tensor = self.front(side)
-            rows, values = entry["rows"].to(tensor.device), entry["values"].to(tensor.device)
-            if values.shape != (rows.numel(), *tensor.shape[1:]) or values.dtype != tensor.dtype:
+            if entry is None or not torch.equal(entry["rows"].cpu(), wanted):
+                raise StateError(f"the saved copy of {side[0]} does not fit the masks")
+            tensor, values = self.front(side), entry["values"]
+            if values.shape != (len(wanted), *tensor.shape[1:]) or values.dtype != tensor.dtype:
                 raise StateError(f"the saved copy of {side[0]} does not fit this model")
-            saved[side] = Saved(rows.clone(), values.clone())
+            saved[side] = Saved(wanted.to(tensor.device), values.to(tensor.device, copy=True))
         if len(saved) != len(state):
             raise StateError("the saved copies belong to another model")
-        self.saved = saved
+        return saved
 
 
 def _finite(tensors: Iterable[Tensor]) -> bool:
-    norms = torch._foreach_norm(list(tensors), float("inf"))
+    norms = torch._foreach_norm([t for t in tensors if t.numel()], float("inf"))
     return bool(torch.stack([norm.float().to(norms[0].device) for norm in norms]).isfinite().all())

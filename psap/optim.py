@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from psap.errors import ArgumentError, ArgumentTypeError, PsapError
 
@@ -65,6 +66,12 @@ def shrink_state(
 
 def _entry(name: str, key: str, value: Any, parameter: Tensor, gather: Gather) -> Any:
     if not isinstance(value, Tensor):
+        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
+            raise PsapError(
+                f"the optimizer keeps tensors inside {key!r} for {name}, and nobody knows what of "
+                "them belongs to a channel; pass optimizer=None and make a new optimizer for "
+                "result.model"
+            )
         return copy.deepcopy(value)
     if value.shape == parameter.shape:
         return gather(name, value)
@@ -90,8 +97,18 @@ def rebuild(
         names: names of the dense parameters by ``id``.
         model: the small model.
         state: what `shrink_state` returned.
+
+    Raises:
+        PsapError: the optimizer keeps tensors that no parameter owns, or trains a parameter that
+            the small model does not have.
     """
-    small = dict(model.named_parameters())
+    small = dict(model.named_parameters(remove_duplicate=False))
+    lost = [name for name in names.values() if name not in small]
+    if lost and any(names[id(p)] in lost for g in optimizer.param_groups for p in g["params"]):
+        raise PsapError(
+            f"the optimizer trains {lost[0]}, which the small model does not use; pass "
+            "optimizer=None and make a new optimizer for result.model"
+        )
     fresh: torch.optim.Optimizer = type(optimizer).__new__(type(optimizer))
     groups = [
         {
@@ -100,10 +117,26 @@ def rebuild(
         }
         for group in optimizer.param_groups
     ]
-    body = dict(optimizer.__getstate__())
+    body = {**_own_attributes(optimizer), **optimizer.__getstate__()}
     body["param_groups"] = groups
     body["state"] = type(optimizer.state)(optimizer.state.default_factory)
     for name, entries in state.items():
         body["state"][small[name]] = entries
     fresh.__setstate__(body)
     return fresh
+
+
+def _own_attributes(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What a class of optimizer keeps besides state and groups; not hooks and wrapped methods."""
+    known = optimizer.__getstate__()
+    own = {}
+    for key, value in vars(optimizer).items():
+        if key in known or key.startswith("_optimizer_") or callable(value):
+            continue
+        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
+            raise PsapError(
+                f"{type(optimizer).__name__} keeps tensors in {key!r}, which cannot be cut by "
+                "channel; pass optimizer=None and make a new optimizer for result.model"
+            )
+        own[key] = copy.deepcopy(value)
+    return own

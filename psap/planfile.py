@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from psap.cost import Cost, LayerCost
-from psap.errors import FileError
+from psap.errors import ArgumentTypeError, FileError
 from psap.plans import GroupPlan, InputSpec, Plan, SidePlan
 
 FORMAT = "psap-plan"
 VERSION = 1
 MOST_POSITIONS = 1 << 26
 """A plan read from text may not list more positions than this (a guard against bombs)."""
+ROLES = ("out", "in", "state", "slope")
 
 
 def _pack(indices: Sequence[int]) -> str:
@@ -26,24 +30,54 @@ def _pack(indices: Sequence[int]) -> str:
     return ",".join(f"{a}-{b}" if b > a else f"{a}" for a, b in runs)
 
 
-def _unpack(text: Any, size: Any, owner: str) -> tuple[int, ...]:
-    """Indices of a packed list; refuses what does not rise strictly within [0, size)."""
-    if not isinstance(text, str) or isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise FileError(f"the plan is damaged at {owner!r}; make it again with psap.plan")
-    kept: list[int] = []
-    last = -1
-    for run in text.split(","):
-        low, _, high = run.partition("-")
-        if not low.isdecimal() or (high and not high.isdecimal()):
-            raise FileError(f"the plan is damaged at {owner!r}: {run[:40]!r} is no index range")
-        first, end = int(low), int(high or low)
-        if first <= last or end < first or end >= size:
-            raise FileError(
-                f"the plan is damaged at {owner!r}: {run[:40]!r} is out of order or range"
-            )
-        kept.extend(range(first, end + 1))
-        last = end
-    return tuple(kept)
+def _damaged(where: str) -> FileError:
+    return FileError(f"the plan is damaged at {where[:80]!r}; make it again with psap.plan")
+
+
+def _text(body: Mapping[str, Any], key: str) -> str:
+    value = body[key]
+    if not isinstance(value, str):
+        raise _damaged(key)
+    return value
+
+
+def _whole(value: Any, where: str, most: int = 1 << 62) -> int:
+    """A whole number from 0 to ``most``."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
+        raise _damaged(where)
+    return value
+
+
+class _Reader:
+    """Reads packed index lists; together they may not hold more than a plan can need."""
+
+    def __init__(self) -> None:
+        self.left = MOST_POSITIONS
+
+    def unpack(self, body: Mapping[str, Any], owner: str) -> tuple[int, ...]:
+        """Indices of a packed list; refuses what does not rise strictly within [0, size)."""
+        size, text = _whole(body["size"], owner, MOST_POSITIONS), _text(body, "kept")
+        kept: list[int] = []
+        last = -1
+        for run in text.split(","):
+            low, _, high = run.partition("-")
+            if not _number(low) or (high and not _number(high)):
+                raise FileError(f"the plan is damaged at {owner!r}: {run[:40]!r} is no index range")
+            first, end = int(low), int(high or low)
+            if first <= last or end < first or end >= size:
+                raise FileError(
+                    f"the plan is damaged at {owner!r}: {run[:40]!r} is out of order or range"
+                )
+            self.left -= end + 1 - first
+            if self.left < 0:
+                raise FileError(f"the plan lists more than {MOST_POSITIONS} positions")
+            kept.extend(range(first, end + 1))
+            last = end
+        return tuple(kept)
+
+
+def _number(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) < 20
 
 
 def to_json(plan: Plan) -> str:
@@ -73,8 +107,11 @@ def from_json(text: str) -> Plan:
     """Read a plan from JSON text.
 
     Raises:
+        ArgumentTypeError: it is no text.
         FileError: it is no plan, is damaged, or has another version.
     """
+    if not isinstance(text, str):
+        raise ArgumentTypeError(f"text is a {type(text).__name__}; pass the text of Plan.to_json()")
     try:
         body = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -83,51 +120,64 @@ def from_json(text: str) -> Plan:
         raise FileError("this is no plan; pass the text of Plan.to_json()")
     if body.get("version") != VERSION:
         raise FileError(
-            f"the plan has format version {body.get('version')!r}, this psap reads {VERSION}; "
-            "upgrade psap, or make the plan again"
+            f"the plan has format version {str(body.get('version'))[:40]}, this psap reads "
+            f"{VERSION}; upgrade psap, or make the plan again"
         )
     try:
         return _from_body(body)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise FileError(f"the plan is damaged ({error}); make it again with psap.plan") from error
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise FileError(
+            f"the plan is damaged ({type(error).__name__}: {str(error)[:80]}); make it again with "
+            "psap.plan"
+        ) from error
 
 
 def _from_body(body: Mapping[str, Any]) -> Plan:
-    groups = tuple(
-        GroupPlan(
-            str(g["name"]),
-            int(g["size"]),
-            _unpack(g["kept"], g["size"], g["name"]),
-            tuple(g["layers"]),
-        )
-        for g in body["groups"]
-    )
-    sides = tuple(
-        SidePlan(
-            str(s["name"]),
-            int(s["dim"]),
-            str(s["role"]),
-            int(s["size"]),
-            _unpack(s["kept"], s["size"], s["name"]),
-        )
-        for s in body["sides"]
-    )
-    layers = tuple((_layer(a), _layer(b)) for a, b in body["layers"])
-    inputs = tuple(
-        None if i is None else InputSpec(tuple(map(int, i["shape"])), str(i["dtype"]))
-        for i in body["inputs"]
-    )
+    reader = _Reader()
     return Plan(
-        architecture=str(body["architecture"]),
-        groups=groups,
-        sides=sides,
-        before=Cost(int(body["before"]["macs"]), int(body["before"]["parameters"])),
-        after=Cost(int(body["after"]["macs"]), int(body["after"]["parameters"])),
-        layers=layers,
-        left_alone={str(k): str(v) for k, v in body["left_alone"].items()},
-        inputs=inputs,
+        architecture=_text(body, "architecture"),
+        groups=tuple(_group(g, reader) for g in body["groups"]),
+        sides=tuple(_side(s, reader) for s in body["sides"]),
+        before=_cost(body["before"], "before"),
+        after=_cost(body["after"], "after"),
+        layers=tuple((_layer(a), _layer(b)) for a, b in body["layers"]),
+        left_alone={name: _text(body["left_alone"], name) for name in body["left_alone"]},
+        inputs=tuple(None if i is None else _input(i) for i in body["inputs"]),
     )
+
+
+def _group(body: Mapping[str, Any], reader: _Reader) -> GroupPlan:
+    name, layers = _text(body, "name"), body["layers"]
+    if not isinstance(layers, list) or not all(isinstance(layer, str) for layer in layers):
+        raise _damaged(name)
+    kept = reader.unpack(body, name)
+    return GroupPlan(name, body["size"], kept, tuple(layers))
+
+
+def _side(body: Mapping[str, Any], reader: _Reader) -> SidePlan:
+    name, role = _text(body, "name"), _text(body, "role")
+    if role not in ROLES:
+        raise _damaged(name)
+    kept = reader.unpack(body, name)
+    return SidePlan(name, _whole(body["dim"], name, 64), role, body["size"], kept)
+
+
+def _cost(body: Mapping[str, Any], where: str) -> Cost:
+    return Cost(_whole(body["macs"], where), _whole(body["parameters"], where))
 
 
 def _layer(body: Mapping[str, Any]) -> LayerCost:
-    return LayerCost(str(body["weight"]), tuple(map(int, body["shape"])), int(body["macs"]))
+    name = _text(body, "weight")
+    shape = tuple(_whole(size, name) for size in body["shape"])
+    return LayerCost(name, shape, _whole(body["macs"], name))
+
+
+def _input(body: Mapping[str, Any]) -> InputSpec:
+    """An input that `psap.apply` will make up: a real dtype, and no bomb of a shape."""
+    shape = tuple(_whole(size, "inputs") for size in body["shape"])
+    dtype = _text(body, "dtype")
+    if math.prod(shape) > MOST_POSITIONS or not isinstance(
+        getattr(torch, dtype, None), torch.dtype
+    ):
+        raise _damaged("inputs")
+    return InputSpec(shape, dtype)

@@ -228,6 +228,9 @@ def plan(
             "no layer of this model can be pruned: "
             + "; ".join(f"{name}: {why}" for name, why in list(graph.left_alone.items())[:5])
         )
+    _check_whole("round_to", round_to, 1)
+    _check_whole("min_channels", min_channels, 1)
+    _check_whole("seed", seed, 0)
     cost = CostModel(graph)
     tensors = dict(graph.model.named_parameters())
     sizes = [group.size for group in graph.groups]
@@ -282,12 +285,19 @@ def require(cost: CostModel, widths: schedule.Ints, target: Target) -> None:
     )
 
 
+def _check_whole(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ArgumentTypeError(f"{name} is {value!r}; pass a whole number >= {least}")
+    if value < least:
+        raise ArgumentError(f"{name} is {value!r}; pass a whole number >= {least}")
+
+
 def _by_ratio(
     graph: Graph, ratio: float | Mapping[str, float], bounds: Sequence[schedule.Limits]
 ) -> schedule.Ints:
     if isinstance(ratio, Mapping):
         names = {group.name for group in graph.groups}
-        unknown = sorted(set(ratio) - names)
+        unknown = sorted(set(ratio) - names, key=str)
         if unknown:
             raise ArgumentError(
                 f"ratio names {unknown[0]!r}, which is no group; groups: {sorted(names)}"
@@ -311,6 +321,9 @@ def _importances(
     graph: Graph, stats: Sequence[scores.GroupStats], score: Any, seed: int
 ) -> list[scores.Floats]:
     if isinstance(score, Mapping):
+        unknown = sorted(set(score) - {group.name for group in graph.groups}, key=str)
+        if unknown:
+            raise ArgumentError(f"score names {unknown[0]!r}, which is no group")
         return [_given(group.name, group.size, score) for group in graph.groups]
     if score == "random":
         rng = np.random.default_rng(seed)
@@ -325,7 +338,10 @@ def _importances(
 def _given(name: str, size: int, score: Mapping[str, Tensor]) -> scores.Floats:
     if name not in score:
         raise ArgumentError(f"score has no entry for group {name!r}; give one of shape [{size}]")
-    values = torch.as_tensor(score[name]).detach().double().cpu().numpy()
+    try:
+        values = torch.as_tensor(score[name]).detach().double().cpu().numpy()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentTypeError(f"score[{name!r}] must be a tensor: {error}") from error
     if values.shape != (size,) or not np.isfinite(values).all():
         raise ArgumentError(f"score[{name!r}] must be finite and of shape [{size}]")
     result: scores.Floats = values

@@ -79,9 +79,14 @@ def program(
     body = small_copy(model, plan)
     for name, module in dense.named_children():
         if name.startswith("psap_"):
-            body.add_module(name, module)
+            body.add_module(name, module.train(model.training))
+    for name, constant in dense.named_buffers(recurse=False):
+        if name.startswith("_tensor_constant"):
+            body.register_buffer(name, constant, persistent=False)
     small = fx.GraphModule(body, graph, type(model).__name__)
-    small.train(model.training)
+    for kind in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        setattr(small, kind, getattr(body, kind))  # all of them, in the order of the model
+    small.training = model.training
     return small
 
 
@@ -91,6 +96,7 @@ def _traced(model: nn.Module) -> fx.GraphModule:
     Raises:
         VerificationError: torch.fx cannot trace it, or it does different things in the two modes.
     """
+    known = set(vars(model))
     try:
         with untouched(model):
             trained = fx.symbolic_trace(model.train())
@@ -99,6 +105,9 @@ def _traced(model: nn.Module) -> fx.GraphModule:
         raise VerificationError(
             f"torch.fx cannot trace {type(model).__name__}: {type(error).__name__}: {error}"
         ) from error
+    finally:
+        for name in set(vars(model)) - known:  # constants that torch.fx hangs on the model
+            delattr(model, name)
     pairs = list(zip(dense.graph.nodes, trained.graph.nodes, strict=False))
     same = len(dense.graph.nodes) == len(trained.graph.nodes)
     for node, other in pairs:
@@ -127,7 +136,7 @@ def _as_module(dense: fx.GraphModule, node: fx.Node, trained: fx.Node) -> bool:
 
 
 def _record(dense: fx.GraphModule, model: nn.Module, inputs: tuple[Any, ...]) -> _Recorder:
-    tracer = Tracer(dense, RULES)
+    tracer = Tracer(model, RULES)  # of the same tensors; by the names that the plan has
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     cast = [x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
     recorder = _Recorder(dense, tracer)

@@ -104,7 +104,7 @@ class Window:
     ) -> list[Candidate]:
         order = np.argsort(-value, kind="stable")
         useful = [int(i) for i in order if fresh[i] and value[i] > 0]
-        weakest = [int(i) for i in order[::-1] if alive[i]]
+        harmful = [int(i) for i in order[::-1] if alive[i] and z[i] < -config.z_threshold]
         allowed = int(np.ceil(config.restore_share * int(fresh.sum()))) if self.observed else 0
         found = []
         for i in useful:
@@ -115,8 +115,8 @@ class Window:
                 reason = "the share that one window restores went to more useful ones"
             elif not last:
                 reason = f"opening its gate lowers the loss (z = {z[i]:.1f})"
-            elif weakest and z[weakest[0]] < -config.z_threshold:
-                out = weakest.pop(0)
+            elif harmful:
+                out = harmful.pop(0)
                 verdict.dropped[group.start + out] = True
                 reason = f"swapped with channel {out}, which raises the loss"
             else:
@@ -147,9 +147,12 @@ class Window:
             StateError: it has another number of channels.
         """
         sums = state["sums"].detach().cpu().numpy().copy()
-        if sums.shape != self.sums.shape:
+        if sums.shape != self.sums.shape or sums.dtype != self.sums.dtype:
             raise StateError(f"the state is damaged: the window has shape {sums.shape}")
-        self.sums, self.observed, self.skipped = sums, int(state["observed"]), int(state["skipped"])
+        observed, skipped = state["observed"], state["skipped"]
+        if type(observed) is not int or type(skipped) is not int or min(observed, skipped) < 0:
+            raise StateError(f"the state is damaged: the window observed {observed!r} steps")
+        self.sums, self.observed, self.skipped = sums, observed, skipped
 
 
 def check_trainable(model: nn.Module) -> None:

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from psap import optim, plans, schedule, scores
 from psap.config import Config, Target
 from psap.cost import CostModel
-from psap.errors import ArgumentTypeError, StateError, TargetError
-from psap.events import PruneEvent, WindowEvent, event_from_json, event_to_json
+from psap.errors import ArgumentTypeError, PsapError, StateError, TargetError
+from psap.events import PruneEvent, WindowEvent, event_to_json
 from psap.gates import Bools, Floats, Gates
 from psap.graph import Graph, trace
 from psap.protect import Window, check_trainable
+from psap.pruner_state import COUNTERS, read_state
 from psap.shrink import Result, apply
 
 Ints = schedule.Ints
@@ -42,7 +43,7 @@ class Pruner:
     Raises:
         ArgumentTypeError: an argument has the wrong type.
         ArgumentError: the optimizer trains another model, or the model cannot be used.
-        StateError: every parameter is frozen.
+        StateError: every parameter is frozen, or another pruner works on the optimizer.
         TraceError: the model failed on the inputs.
         TargetError: nothing can be pruned, or the target cannot be met.
         VerificationError: the model could not be shrunk exactly (checked with half of the
@@ -68,6 +69,7 @@ class Pruner:
         self.config = config
         self.graph: Graph = trace(model, example_inputs)
         optim.check_optimizer(optimizer, self.graph.model)
+        _require_alone(optimizer)
         self.cost = CostModel(self.graph)
         self._bounds = schedule.limits(
             [g.size for g in self.graph.groups],
@@ -131,9 +133,13 @@ class Pruner:
         since = self._calls - self.config.warmup - 1
         due = since >= 0 and since % self.config.interval == 0
         if due and self._step < self.config.prune_steps:
-            if self._left:
-                self._close_window()
-            self._prune(self._step + 1)
+            try:
+                if self._left:
+                    self._close_window()
+                self._prune(self._step + 1)
+            except PsapError:
+                self._calls -= 1  # this call pruned nothing: the next one is due
+                raise
 
     def _share(self, step: int, bound: float | None) -> float | None:
         if bound is None:
@@ -177,16 +183,13 @@ class Pruner:
         streams = np.array([len(g.producers) > 1 for g in self.graph.groups])
         factors = np.where(streams, config.stream_factor, 1.0)
         ratios = sparsity if config.adapt == "sparsity" else np.ones_like(sparsity)
-        widths = schedule.solve(
+        return schedule.solve(
             ratios,
             factors,
             config.sparsity_power,
             self._bounds,
             lambda w: self.cost.fits(w, target),
         )
-        if not self.cost.fits(widths, target):
-            widths = np.array([b.nearest(b.floor) for b in self._bounds])
-        return widths
 
     def _choose(self, stats: list[scores.GroupStats], widths: Ints) -> Bools:
         alive = np.zeros_like(self._alive)
@@ -240,11 +243,30 @@ class Pruner:
 
     # Supervision
 
-    def _before_optimizer(self, *_: Any) -> None:
-        """Gradients are complete: read them."""
+    def _before_optimizer(
+        self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Gradients are complete, or will be when the optimizer has called its closure."""
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if not self._left:
-            return
-        self._window.observe(self.gates.derivative())
+            return None
+        if closure is None:
+            self._read_gradients(observe=True)
+            return None
+        first = True
+
+        def supervised() -> Any:
+            nonlocal first
+            loss = closure()
+            self._read_gradients(observe=first)
+            first = False
+            return loss
+
+        return args[:1], {**kwargs, "closure": supervised}
+
+    def _read_gradients(self, *, observe: bool) -> None:
+        if observe:  # once per optimizer step
+            self._window.observe(self.gates.derivative())
         self.gates.still_gradients(self._alive)
 
     def _after_optimizer(self, *_: Any) -> None:
@@ -343,7 +365,7 @@ class Pruner:
             "version": 1,
             "architecture": plans.fingerprint(self.graph.model),
             "config": asdict(self.config),
-            "counters": {name: getattr(self, f"_{name}") for name in _COUNTERS},
+            "counters": {name: getattr(self, f"_{name}") for name in COUNTERS},
             "alive": torch.from_numpy(self._alive.copy()),
             "fresh": torch.from_numpy(self._fresh.copy()),
             "bonus": torch.from_numpy(self._bonus.copy()),
@@ -359,36 +381,20 @@ class Pruner:
         Raises:
             StateError: the state belongs to another model or configuration, or is damaged.
         """
-        if not isinstance(state, Mapping) or state.get("version") != 1:
-            raise StateError("this is no state of a Pruner; pass what Pruner.state_dict() returned")
-        if state["architecture"] != plans.fingerprint(self.graph.model):
-            raise StateError(
-                "the state belongs to another model: names or shapes of parameters differ"
-            )
-        mine = asdict(self.config)
-        changed = [key for key in mine if state["config"].get(key) != mine[key]]
-        if changed:
-            raise StateError(
-                f"the state was made with another Config: {changed[0]} was "
-                f"{state['config'].get(changed[0])!r} and is {mine[changed[0]]!r}; use the "
-                "same Config"
-            )
-        arrays = {
-            key: state[key].detach().cpu().numpy().copy() for key in ("alive", "fresh", "bonus")
-        }
-        wanted = {"alive": self._alive, "fresh": self._fresh, "bonus": self._bonus}
-        for key, array in arrays.items():
-            if array.shape != wanted[key].shape or array.dtype != wanted[key].dtype:
-                raise StateError(f"the state is damaged: {key!r} has shape {array.shape}")
-        self.gates.load_state_dict(state["saved"])
-        self._alive, self._fresh = arrays["alive"], arrays["fresh"]
-        self._bonus = arrays["bonus"]
-        self._window.load_state_dict(state["window"])
-        sparsity = state["sparsity"]
-        self._sparsity = None if sparsity is None else sparsity.detach().cpu().numpy().copy()
-        for name in _COUNTERS:
-            setattr(self, f"_{name}", state["counters"][name])
-        self.events = [event_from_json(event) for event in state["events"]]
+        if self._finished:
+            raise StateError("load_state_dict() after finish(); make a new Pruner for it")
+        found = read_state(state, self.config, self.gates)
+        self.gates.saved = found.saved
+        self._alive, self._fresh, self._bonus = found.alive, found.fresh, found.bonus
+        self._window, self._sparsity, self.events = found.window, found.sparsity, found.events
+        for name, value in found.counters.items():
+            setattr(self, f"_{name}", value)
 
 
-_COUNTERS = ("step", "calls", "iteration", "left", "final")
+def _require_alone(optimizer: torch.optim.Optimizer) -> None:
+    hooks = optimizer._optimizer_step_pre_hooks.values()
+    if any(isinstance(getattr(hook, "__self__", None), Pruner) for hook in hooks):
+        raise StateError(
+            "another Pruner already works on this optimizer; call its finish(), or make a new "
+            "optimizer"
+        )

@@ -8,6 +8,7 @@ tensors in the same kind of file; checkpoints are trees.
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +28,8 @@ from psap.shrink import Result, check_plan, small_copy
 
 FORMAT = "psap-recipe"
 VERSION = 1
+MOST_ELEMENTS = 1 << 28
+"""A recipe may not ask for larger example inputs (a guard against bombs)."""
 Path_ = str | os.PathLike[str]
 
 
@@ -39,9 +42,11 @@ def replacing(path: Path_) -> Iterator[Path]:
     Raises:
         FileError: the file cannot be written.
     """
-    target = Path(path)
+    target = _checked(path)
+    if target.exists() and not target.is_file():
+        raise FileError(f"cannot write {target}: it is no regular file; choose another path")
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{target.name[:100]}.", dir=target.parent)
         os.close(handle)
     except OSError as error:
         raise FileError(
@@ -65,6 +70,21 @@ def replacing(path: Path_) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def _checked(path: Any) -> Path:
+    """A path, with symbolic links resolved, so that a link goes on pointing to its file.
+
+    Raises:
+        ArgumentTypeError: it is no path.
+        FileError: no file can have this name.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise ArgumentTypeError(f"path is a {type(path).__name__}; pass a str or a pathlib.Path")
+    try:
+        return Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
+    except ValueError as error:  # a null character
+        raise FileError(f"{path!r} is no path: {error}") from error
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
@@ -82,9 +102,20 @@ def atomic_write(path: Path_, data: str | bytes) -> None:
 
 
 def _write(path: Path_, tensors: Mapping[str, Tensor], body: Mapping[str, Any]) -> None:
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with replacing(path) as temporary:
-        save_file(plain, temporary, metadata={"psap": json.dumps(body)})
+    plain: dict[str, Tensor] = {}
+    owned: set[int] = set()
+    try:
+        for name, tensor in tensors.items():
+            value = tensor.detach().cpu().contiguous()
+            if value.untyped_storage().data_ptr() in owned:  # safetensors refuses views of others
+                value = value.clone()
+            owned.add(value.untyped_storage().data_ptr())
+            plain[name] = value
+        text = json.dumps(body)
+        with replacing(path) as temporary:
+            save_file(plain, temporary, metadata={"psap": text})
+    except (LookupError, ValueError, RuntimeError) as error:
+        raise ArgumentTypeError(f"a value cannot be written to {path}: {error}") from error
 
 
 def _read(path: Path_, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -93,7 +124,7 @@ def _read(path: Path_, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         FileError: there is no such file, or it is no file of ours.
     """
-    source = Path(path)
+    source = _checked(path)
     if not source.is_file():
         raise FileError(f"{source} does not exist; pass the path of a {what}")
     try:
@@ -196,7 +227,10 @@ def load(path: Path_, factory: Callable[[], nn.Module]) -> nn.Module:
     mode, aliases = body.get("mode"), body.get("aliases")
     if mode not in ("module", "graph") or not isinstance(aliases, dict):
         raise FileError(f"{path} is damaged: its recipe has no mode; save it again")
-    plan = Plan.from_json(json.dumps(body.get("plan")))
+    try:
+        plan = Plan.from_json(json.dumps(body.get("plan")))
+    except RecursionError as error:
+        raise FileError(f"{path} is damaged: its plan is nested too deeply") from error
     dense = factory()
     if not isinstance(dense, nn.Module):
         raise ArgumentTypeError(
@@ -216,7 +250,10 @@ def _program(dense: nn.Module, plan: Plan) -> nn.Module:
             raise FileError(
                 "the recipe was traced with inputs that are no tensors; apply the plan anew"
             )
-        inputs.append(torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype), device=device))
+        dtype = getattr(torch, spec.dtype, None)
+        if not isinstance(dtype, torch.dtype) or not 0 < math.prod(spec.shape) <= MOST_ELEMENTS:
+            raise FileError(f"the recipe is damaged: no network takes an input like {spec}")
+        inputs.append(torch.zeros(spec.shape, dtype=dtype, device=device))
     return program(dense, plan, tuple(inputs), small_copy)
 
 
@@ -226,7 +263,7 @@ def _fill(
 ) -> None:
     values = dict(tensors)
     for name, other in aliases.items():
-        if other not in tensors:
+        if not isinstance(other, str) or other not in tensors:
             raise FileError(f"{path} is damaged: {name!r} stands for {other!r}, which is missing")
         values[name] = tensors[other]
     state = model.state_dict()
@@ -242,8 +279,11 @@ def _fill(
                 f"{path} does not fit its recipe: {name!r} has shape {tuple(values[name].shape)}, "
                 f"the recipe makes {tuple(tensor.shape)}"
             )
-        if tensor.dtype != values[name].dtype:
-            tensor.data = tensor.data.to(values[name].dtype)
+        if tensor.is_floating_point() != values[name].is_floating_point():
+            raise FileError(
+                f"{path} does not fit its recipe: {name!r} is {values[name].dtype}, the recipe "
+                f"makes {tensor.dtype}"
+            )
     for name, tensor in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items():
         if name in values:
             if tensor.dtype != values[name].dtype:
@@ -266,7 +306,10 @@ def write_tree(path: Path_, tree: Any) -> None:
         FileError: the file cannot be written; an older one survives.
     """
     tensors: dict[str, Tensor] = {}
-    body = {"format": "psap-tree", "version": 1, "tree": _encode(tree, tensors, "tree")}
+    try:
+        body = {"format": "psap-tree", "version": 1, "tree": _encode(tree, tensors, "tree")}
+    except RecursionError as error:
+        raise ArgumentTypeError("the tree is nested too deeply, or holds itself") from error
     _write(path, tensors, body)
 
 
@@ -280,7 +323,7 @@ def read_tree(path: Path_) -> Any:
     _check_header(path, body, "psap-tree", 1, "tree written by psap")
     try:
         return _decode(body["tree"], tensors)
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise FileError(f"{path} is damaged ({error}); go back to an older checkpoint") from error
 
 
@@ -288,6 +331,8 @@ def _encode(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Tensor):
+        if value.layout is not torch.strided or value.is_meta:
+            raise ArgumentTypeError(f"{where} is a tensor without plain values; make it dense")
         name = str(len(tensors))
         last = value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last)
         tensors[name] = value.detach().clone(memory_format=torch.contiguous_format)

@@ -76,9 +76,10 @@ def measure(
     power = stats.weight_sq if score == "l2" else stats.weight_abs
     values, counts = power.double().cpu().numpy(), stats.below_tau.cpu().numpy()
     dead = (std == 0).cpu().numpy()
+    row = {name: index for index, name in enumerate(names)}
     result = []
     for group in graph.groups:
-        rows = [names.index(name) for name in group.producers]
+        rows = [row[name] for name in group.producers]
         result.append(_group(group, rows, weights, owners, stats.offsets, values, counts, dead))
     return result
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -13,11 +12,11 @@ from torch import Tensor, nn
 
 import psap_kernels
 from psap import optim
-from psap.errors import ArgumentError, ArgumentTypeError, PsapError, VerificationError
+from psap.errors import ArgumentError, ArgumentTypeError, VerificationError
 from psap.graph.trace import as_inputs, check_model
 from psap.plans import Plan, fingerprint
 from psap.program import program
-from psap.verify import Verification, verify
+from psap.verify import Verification, copied, verify
 
 Mode = Literal["auto", "module", "graph"]
 
@@ -118,7 +117,7 @@ def mask(model: nn.Module, plan: Plan) -> nn.Module:
         ArgumentError: the plan belongs to another model.
     """
     model = check_plan(model, plan)
-    masked = _copy(model, {})
+    masked = copied(model)
     zero_(masked, plan)
     return masked
 
@@ -138,17 +137,6 @@ def zero_(model: nn.Module, plan: Plan) -> None:
     psap_kernels.zero_filters_(targets, keeps)
 
 
-def _copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """A deep copy in which the tensors in ``memo`` are already replaced."""
-    try:
-        return copy.deepcopy(model, memo)
-    except Exception as error:
-        raise PsapError(
-            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); remove "
-            "what copy.deepcopy refuses, such as open files or tensors that were computed"
-        ) from error
-
-
 def small_copy(model: nn.Module, plan: Plan) -> nn.Module:
     """A copy of the model with the plan's channels removed from every tensor.
 
@@ -159,7 +147,7 @@ def small_copy(model: nn.Module, plan: Plan) -> nn.Module:
     memo: dict[int, Any] = {}
     for name, tensor in _tensors(model).items():
         memo[id(tensor)] = _small(tensor, kept.get(name, {}))
-    small = _copy(model, memo)
+    small = copied(model, memo)
     for module in small.modules():
         _refit(module)
     return small
@@ -315,9 +303,7 @@ def _commit(
     with _undoing() as undo:
         for old, new in zip(_tensors(model).values(), _tensors(small).values(), strict=True):
             undo.append(_restorer(old, old.data, old.grad))
-            old.grad = None
-            old.data = new.data
-            old.grad = new.grad
+            _set(old, new.data, new.grad)
         for module, source in zip(model.modules(), small.modules(), strict=True):
             for key in ("in_channels", "out_channels", "groups", "num_features", "in_features"):
                 _move(module, source, key, undo)
@@ -339,12 +325,21 @@ def _move(module: nn.Module, source: nn.Module, key: str, undo: list[Callable[[]
 
 
 def _restorer(tensor: Tensor, data: Tensor, grad: Tensor | None) -> Callable[[], None]:
-    def restore() -> None:
-        tensor.grad = None
-        tensor.data = data
-        tensor.grad = grad
+    return lambda: _set(tensor, data, grad)
 
-    return restore
+
+def _set(tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
+    """Give a tensor other data of another shape.
+
+    Autograd remembers the shape of a parameter as long as any old loss is alive; it forgets it only
+    when the dtype changes.
+    """
+    tensor.grad = None
+    if tensor.requires_grad and tensor.shape != data.shape:
+        other = torch.float64 if data.dtype == torch.float32 else torch.float32
+        tensor.data = data.new_empty(0, dtype=other)
+    tensor.data = data
+    tensor.grad = grad
 
 
 @contextmanager

@@ -15,12 +15,23 @@ def first(out: Any) -> Tensor:
     return result
 
 
-def channels_along(t: Tracer, labels: Tensor, dim: int, op: str) -> Tensor | None:
-    """The labels along ``dim`` as int64 [C], or None (and frozen) if they vary elsewhere too."""
-    if labels.numel() != labels.shape[dim]:
-        t.freeze(labels, f"channels are spread over several dimensions before {op}")
+def channels_along(t: Tracer, x: Tensor, labels: Tensor, dim: int, op: str) -> Tensor | None:
+    """The labels of ``x`` along ``dim`` as int64 [C], or None (and frozen) if they lie elsewhere.
+
+    Labels that also vary along other dimensions (after a pixel shuffle) are united along those: a
+    consumer loses a channel at all positions or at none.
+    """
+    if labels.shape[dim] != x.shape[dim]:
+        t.freeze(labels, f"channels lie along another dimension before {op}")
         return None
-    return labels.reshape(-1)
+    if labels.numel() == labels.shape[dim]:
+        return labels.reshape(-1)
+    first_one = labels
+    for other in range(labels.dim()):
+        if other != dim:
+            first_one = first_one.narrow(other, 0, 1)
+    t.labels.unite(labels, first_one)
+    return first_one.reshape(-1)
 
 
 def freeze_all(t: Tracer, why: str, *tensors: Any) -> None:
@@ -29,3 +40,8 @@ def freeze_all(t: Tracer, why: str, *tensors: Any) -> None:
         labels = t.get(tensor)
         if labels is not None:
             t.freeze(labels, why)
+
+
+def computed(t: Tracer, *vectors: Any) -> bool:
+    """Whether one of these is a tensor, but no parameter: its size is not known to follow."""
+    return any(isinstance(v, Tensor) and t.view(v) is None for v in vectors)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from psap.graph.common import channels_along, first, freeze_all
+from psap.graph.common import channels_along, computed, first, freeze_all
 from psap.graph.labels import plain
 from psap.graph.trace import Args, Tracer, View
 
@@ -19,7 +19,7 @@ def _consume(t: Tracer, x: Tensor, dim: int, weight: Tensor, weight_dim: int, op
         t.freeze(side, "reads data that has no channels to prune")
         return
     t.settle(labels)
-    channels = channels_along(t, labels, dim, op)
+    channels = channels_along(t, x, labels, dim, op)
     if channels is None:
         t.freeze(side, f"reads channels that {op} cannot lose")
     else:
@@ -30,9 +30,12 @@ def convolution(t: Tracer, a: Args, out: Tensor) -> None:
     """Read channels on one side of the weight, give those of the other side."""
     x, weight, bias, groups = a["input"], a["weight"], a["bias"], int(a["groups"])
     view = t.view(weight)
+    positions = x.numel() // x.shape[1] if a["transposed"] else out.numel() // out.shape[1]
     if view is None:
         freeze_all(t, "the weight of a convolution is computed in forward", x)
+        t.fixed_macs += float(positions * weight.numel()) if t.counting else 0
         return
+    t.count(view.name, float(positions))
     reads, gives = (0, 1) if a["transposed"] else (1, 0)
     if groups > 1:
         labels = None if a["transposed"] else _grouped(t, x, weight, groups)
@@ -46,9 +49,7 @@ def convolution(t: Tracer, a: Args, out: Tensor) -> None:
     if bias is not None and t.view(bias) is not None:
         t.labels.unite(t.claim(bias, 0, "out"), labels)
     elif bias is not None:
-        labels = t.taint(labels, "a bias that is computed in forward")
-    positions = x.numel() // x.shape[1] if a["transposed"] else out.numel() // out.shape[1]
-    t.count(view.name, float(positions))
+        t.freeze(labels, "a bias that is computed in forward")
     t.made_by(out, view.name)
     t.set(out, labels.view(1, -1, *[1] * (out.dim() - 2)))
 
@@ -59,7 +60,7 @@ def _grouped(t: Tracer, x: Tensor, weight: Tensor, groups: int) -> Tensor | None
     gives = t.claim(weight, 0, "out")
     if labels is None:
         return None
-    channels = channels_along(t, labels, 1, "grouped convolution")
+    channels = channels_along(t, x, labels, 1, "grouped convolution")
     if channels is None:
         return None
     if weight.shape[1] == 1:
@@ -90,7 +91,7 @@ def _product(t: Tracer, x: Tensor, weight: Tensor, bias: Any, out: Tensor) -> No
         else:
             t.freeze(labels, "a bias of another shape than the output of linear")
     elif isinstance(bias, Tensor):
-        labels = t.taint(labels, "adding to a matrix product")
+        t.freeze(labels, "a bias that is computed in forward")
         freeze_all(t, "added inside a matrix product", bias)
     t.count(view.name, out.numel() / out.shape[-1])
     t.made_by(out, view.name)
@@ -134,7 +135,10 @@ def batch_norm(t: Tracer, a: Args, out: Any) -> None:
     x, y = a["input"], first(out)
     vectors = [a.get(key) for key in ("weight", "bias", "running_mean", "running_var")]
     labels = t.get(x)
-    channels = None if labels is None else channels_along(t, labels, 1, "batch norm")
+    if labels is not None and computed(t, *vectors):
+        t.freeze(labels, "batch norm with vectors that are computed in forward")
+        return
+    channels = None if labels is None else channels_along(t, x, labels, 1, "batch norm")
     if labels is None or channels is None:
         for vector in vectors:
             if vector is not None and (view := t.view(vector)) is not None:
@@ -175,13 +179,17 @@ def group_norm(t: Tracer, a: Args, out: Any) -> None:
     labels = t.get(a["input"])
     if labels is None:
         return
-    channels = channels_along(t, labels, 1, "group norm")
+    channels = channels_along(t, a["input"], labels, 1, "group norm")
     if channels is None:
         return
     if int(a["group"]) != channels.numel():
         t.freeze(labels, "group norm over several channels: its statistics would change")
         return
-    for vector in (a["weight"], a["bias"]):
-        if isinstance(vector, Tensor) and t.view(vector) is not None:
+    vectors = (a["weight"], a["bias"])
+    if a["weight"] is None or computed(t, *vectors):
+        t.freeze(labels, "group norm without parameters of its own")
+        return
+    for vector in vectors:
+        if isinstance(vector, Tensor):
             t.labels.unite(t.claim(vector, 0, "out"), channels)
-    t.set(first(out), labels if a["weight"] is None else plain(labels))
+    t.set(first(out), plain(labels))

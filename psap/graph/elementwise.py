@@ -16,8 +16,18 @@ def keeps_zero(t: Tracer, a: Args, out: Any) -> None:
     """f(0) = 0: the channel stays zero."""
     x = next(iter(a.values()))
     labels = t.get(x)
+    _no_others(t, a, labels)
     if labels is not None:
         t.set(first(out), labels)
+
+
+def _no_others(t: Tracer, a: Args, labels: Tensor | None) -> None:
+    """Freeze the channels of all arguments if there are more tensors than the first."""
+    others = [v for v in list(a.values())[1:] if isinstance(v, Tensor) and v.numel() > 1]
+    if others:
+        freeze_all(t, "an element-wise op with several tensors", *others)
+        if labels is not None:
+            t.freeze(labels, "an element-wise op with several tensors")
 
 
 def moves_zero(name: str) -> Rule:
@@ -26,6 +36,7 @@ def moves_zero(name: str) -> Rule:
     def rule(t: Tracer, a: Args, out: Any) -> None:
         x = next(iter(a.values()))
         labels = t.get(x)
+        _no_others(t, a, labels)
         if labels is not None:
             t.set(first(out), t.taint(labels, name))
 
@@ -58,7 +69,7 @@ def prelu(t: Tracer, a: Args, out: Tensor) -> None:
     if weight.numel() == 1:
         t.keep_view(weight)
     else:
-        channels = channels_along(t, labels, 1, "prelu")
+        channels = channels_along(t, a["self"], labels, 1, "prelu")
         if channels is None:
             return
         view = t.view(weight)

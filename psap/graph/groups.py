@@ -108,8 +108,7 @@ def trace(model: nn.Module, example_inputs: Any) -> Graph:
     tracer = Tracer(model, RULES)
     with untouched(model):
         run(tracer, model, inputs, training=False)
-        reached = {name for name, _ in tracer.along}
-        if any(name not in reached for name, _ in model.named_parameters()):
+        if any(name not in tracer.reached for name, _ in model.named_parameters()):
             tracer.counting = False
             _run_auxiliary(tracer, model, inputs)
     return build(model, inputs, tracer)
@@ -294,8 +293,11 @@ def _reasons(
             continue
         found = [frozen[c] for side in sides for c in roots[side].tolist() if c in frozen]
         reasons[owners[name] or name] = found[0] if found else "its channels lead nowhere"
-    seen = {name for name, _ in roots}
-    for name in tracer.shapes:
-        if name not in seen and len(tracer.shapes[name]) > 1:
-            reasons.setdefault(owners[name] or name, "not used in forward")
+    pruned = {name for (name, _), found in channels.items() if (found >= 0).any()}
+    for name, shape in tracer.shapes.items():
+        if len(shape) < 2 or name in weights or name in pruned:
+            continue
+        why = [frozen[c] for d in range(len(shape)) for c in roots.get((name, d), ())
+               if c in frozen]  # fmt: skip
+        reasons.setdefault(owners[name] or name, why[0] if why else "not used in forward")
     return reasons

@@ -22,8 +22,11 @@ def pools(t: Tracer, a: Args, out: Any) -> None:
     lead = labels.dim() - (y.dim() - 2)
     if any(labels.shape[dim] > 1 for dim in range(lead, labels.dim())):
         t.freeze(labels, "channels lie along a pooled dimension")
-    else:
-        t.set(y, labels)
+        return
+    t.set(y, labels)
+    if isinstance(out, (tuple, list)):
+        for positions in out[1:]:  # of the maxima: they do not become zero
+            t.set(positions, t.taint(labels, "the positions of a pooling"))
 
 
 def _reduced(a: Args, rank: int) -> list[int]:
@@ -67,10 +70,34 @@ def _drop(t: Tracer, labels: Tensor, dims: list[int], out: Any, keep: bool) -> N
 
 
 def reshapes(t: Tracer, a: Args, out: Tensor) -> None:
-    """View, reshape, flatten."""
-    labels = t.full(a["self"])
-    if labels is not None:
-        t.set(out, labels.reshape(out.shape))
+    """View, reshape, flatten; a parameter keeps its identity if it only gets dimensions of 1."""
+    x = a["self"]
+    view = t.view(x)
+    if view is not None:
+        dims = _stretched(tuple(x.shape), tuple(out.shape), view.dims)
+        if dims is not None:
+            t.set_view(out, View(view.name, dims))
+            t.keep_view(x)
+        return
+    labels = t.get(x)
+    if labels is None:
+        return
+    if x.dim() and out.dim() and labels.shape[0] == 1 and x.shape[0] == out.shape[0]:
+        full = labels.expand(1, *x.shape[1:]).reshape(1, *out.shape[1:])  # one sample is enough
+    else:
+        full = labels.expand(x.shape).reshape(out.shape)
+    t.set(out, full)
+
+
+def _stretched(
+    old: tuple[int, ...], new: tuple[int, ...], dims: tuple[int, ...]
+) -> tuple[int, ...] | None:
+    """The dimensions of a parameter after a view that adds or drops only those of size 1."""
+    wide = [dim for size, dim in zip(old, dims, strict=True) if size != 1]
+    if [size for size in new if size != 1] != [size for size in old if size != 1]:
+        return None
+    left = iter(wide)
+    return tuple(next(left) if size != 1 else -1 for size in new)
 
 
 def restrides(t: Tracer, a: Args, out: Tensor) -> None:
@@ -135,6 +162,8 @@ def moves(op: Any) -> Rule:
         values = list(a.values())
         labels = t.full(values[0])
         if labels is None:
+            if t.view(values[0]) is not None and isinstance(out, Tensor):
+                reshapes(t, a, out)
             return
         moved = op(labels, *[v.cpu() if isinstance(v, Tensor) else v for v in values[1:]])
         if isinstance(out, (tuple, list)):
@@ -142,6 +171,25 @@ def moves(op: Any) -> Rule:
                 t.set(y, part)
         else:
             t.set(out, moved)
+
+    return rule
+
+
+def shifts(op: Any) -> Rule:
+    """Roll and index_select: fixed positions, so not of channels."""
+
+    def rule(t: Tracer, a: Args, out: Tensor) -> None:
+        labels = t.get(a["self"])
+        if labels is None:
+            return
+        given = a["dims"] if "dims" in a else a["dim"]
+        dims = _reduced({"dim": given}, labels.dim())
+        if any(labels.shape[dim] > 1 for dim in dims):
+            t.freeze(labels, f"{op.__name__} moves channels by fixed positions")
+        elif all(x == y for x, y in zip(a["self"].shape, out.shape, strict=True)):
+            t.set(out, labels)
+        else:
+            t.set(out, labels.expand([y if d in dims else -1 for d, y in enumerate(out.shape)]))
 
     return rule
 

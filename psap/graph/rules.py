@@ -42,6 +42,7 @@ from psap.graph.movement import (
     reshapes,
     restrides,
     same,
+    shifts,
     sums,
 )
 from psap.graph.trace import Rule
@@ -82,6 +83,8 @@ _table(moves_zero("log_sigmoid"), "log_sigmoid_forward")
 _table(moves_zero("cos"), "cos")
 _table(moves_zero("subtraction from a constant"), "rsub")
 _table(moves_zero("rsqrt"), "rsqrt")
+_table(keeps_zero, "zeros_like")
+_table(moves_zero("new data"), "ones_like", "full_like", "empty_like", "rand_like", "randn_like")
 _table(clamp, "clamp", "clamp_", "clamp_min", "clamp_min_", "clamp_max", "clamp_max_")
 _table(clamp, "hardtanh", "hardtanh_")
 _table(power, "pow", "pow_")
@@ -115,9 +118,9 @@ _table(moves(aten.unbind), "unbind")
 _table(moves(aten.squeeze), "squeeze")
 _table(moves(aten.unsqueeze), "unsqueeze")
 _table(moves(aten.flip), "flip")
-_table(moves(aten.roll), "roll")
+_table(shifts(aten.roll), "roll")
 _table(moves(aten.repeat), "repeat")
-_table(moves(aten.index_select), "index_select")
+_table(shifts(aten.index_select), "index_select")
 _table(moves(aten.pixel_shuffle), "pixel_shuffle")
 _table(moves(aten.pixel_unshuffle), "pixel_unshuffle")
 _table(moves(aten.channel_shuffle), "channel_shuffle", "native_channel_shuffle")

@@ -7,6 +7,7 @@ A `TorchDispatchMode` sees every ATen call of the forward pass. For each of them
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from psap.errors import ArgumentError, ArgumentTypeError, TraceError
 from psap.graph.labels import TAINT, Labels, compact, plain
+from psap.graph.outputs import NoDropout
+from psap.graph.outputs import output_tensors as output_tensors
 
 Args = dict[str, Any]
 Rule = Callable[["Tracer", Args, Any], None]
@@ -46,7 +49,8 @@ class View:
 
     Attributes:
         name: canonical name in ``named_parameters`` / ``named_buffers``.
-        dims: for every dimension of the tensor, the dimension of the parameter.
+        dims: for every dimension of the tensor, the dimension of the parameter, or -1 for a new
+            one of size 1.
     """
 
     name: str
@@ -66,6 +70,7 @@ class Tracer(TorchDispatchMode):
         self.fixed_macs = 0.0
         self.normalised: dict[str, set[str]] = {}
         self.affine: set[str] = set()
+        self.reached: set[str] = set()
         self.unknown: Counter[str] = Counter()
         self.counting = True
         self.closed = False
@@ -79,6 +84,11 @@ class Tracer(TorchDispatchMode):
         for name, tensor in _named_tensors(model):
             self._views[tensor] = View(name, tuple(range(tensor.dim())))
             self.shapes[name] = tuple(tensor.shape)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Whether to wrap the dispatcher for torch.compile, which would import all of it."""
+        return False
 
     # Tensors of the model
 
@@ -101,6 +111,10 @@ class Tracer(TorchDispatchMode):
         view = self._views[tensor]
         key = (view.name, view.dims[dim])
         self._claimed.add(view.name)
+        if view.dims[dim] < 0:
+            fixed = self.labels.new(1)
+            self.labels.freeze(fixed, f"{view.name} has no such dimension")
+            return fixed
         if key not in self.along:
             self.along[key] = self.labels.new(tensor.shape[dim])
             self.roles[key] = role
@@ -162,9 +176,8 @@ class Tracer(TorchDispatchMode):
         return found
 
     def count(self, weight: str, positions: float) -> None:
-        """Count the MACs of one call."""
-        if self.counting:
-            self.calls.append(Call(weight, positions))
+        """Count the MACs of one call; those of train mode alone cost nothing."""
+        self.calls.append(Call(weight, positions if self.counting else 0.0))
 
     # The dispatcher
 
@@ -177,9 +190,13 @@ class Tracer(TorchDispatchMode):
         out = func(*args, **kwargs)
         if not any(t in self._views or t in self._activations for t in tensors):
             return out
-        if not _reads_nothing(func):
+        if not _reads_nothing(func) or self._like_channels(func, tensors):
             self._follow(func, _bind(func, args, kwargs), tensors, out)
         return out
+
+    def _like_channels(self, func: Any, tensors: list[Tensor]) -> bool:
+        """Whether a call makes a tensor in the shape of one that has channels."""
+        return func.overloadpacket in self._rules and self.get(tensors[0]) is not None
 
     def _follow(self, func: Any, bound: Args, tensors: list[Tensor], out: Any) -> None:
         """Apply the rule, then freeze whatever it did not account for."""
@@ -198,18 +215,20 @@ class Tracer(TorchDispatchMode):
                 self.freeze(labels, f"no rule for {name}" if rule is None else f"lost in {name}")
         for tensor in tensors:
             view = self._views.get(tensor)
-            if view is not None and view.name not in self._claimed:
+            if view is None:
+                continue
+            self.reached.add(view.name)
+            if view.name not in self._claimed:
                 self.freeze_parameter(view, f"{view.name} is used by {name}")
 
     def _writes_through(self, func: Any, rule: Rule, tensors: list[Tensor]) -> bool:
         """Whether a call changes a part of another tensor in a way that may leave no zero there."""
         target = tensors[0]
-        return bool(
-            func._schema.is_mutable
-            and target._is_view()
-            and self.get(target) is not None
-            and rule.__name__ not in ("keeps_zero", "mul", "clamp", "restrides")
-        )
+        labels = self.get(target)
+        if not func._schema.is_mutable or not target._is_view() or labels is None:
+            return False
+        allowed = rule.__name__ in ("keeps_zero", "mul", "clamp", "restrides")
+        return not allowed or bool((labels >= TAINT).any())
 
     def keep_view(self, tensor: Tensor) -> None:
         """Say that a use of a parameter was understood, though it took no labels."""
@@ -328,10 +347,20 @@ def _named_modules(tracer: Tracer, model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def _eager() -> Iterator[None]:
+    """Run compiled submodules eagerly, if there can be any."""
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Put back train flags, buffers and the random state when the block ends."""
     flags = [(module, module.training) for module in model.modules()]
-    buffers = [(b, b._version, b.detach().clone()) for b in model.buffers()]
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         try:
@@ -339,31 +368,20 @@ def untouched(model: nn.Module) -> Iterator[None]:
         finally:
             for module, training in flags:
                 module.training = training
-            for buffer, version, saved in buffers:
-                if buffer._version != version:
+            for buffer, saved in buffers:  # norms change theirs without a new version number
+                if not torch.equal(buffer, saved):
                     buffer.copy_(saved)
-
-
-def output_tensors(value: Any) -> list[Tensor]:
-    """Every tensor in what a model returned: nested sequences, mappings, dataclasses."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = [getattr(value, item.name) for item in dataclasses.fields(value)]
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, (list, tuple, set)):
-        return [tensor for item in value for tensor in output_tensors(item)]
-    return [t for t in tree_leaves(value) if isinstance(t, Tensor)]
 
 
 def run(tracer: Tracer, model: nn.Module, inputs: tuple[Any, ...], training: bool) -> None:
     """Run the model once under the tracer and freeze what comes out.
 
     Raises:
-        TraceError: the model's forward failed.
+        TraceError: the model's forward failed, or returned no tensor.
     """
     model.train(training)
     try:
-        with _named_modules(tracer, model), tracer:
+        with _named_modules(tracer, model), _eager(), NoDropout(), tracer:
             output = model(*inputs)
     except Exception as error:
         mode = "training" if training else "evaluation"
@@ -371,7 +389,13 @@ def run(tracer: Tracer, model: nn.Module, inputs: tuple[Any, ...], training: boo
             f"the model failed on the example inputs in {mode} mode: {type(error).__name__}: "
             f"{error}; pass example_inputs on its device that model(*example_inputs) accepts"
         ) from error
-    for tensor in output_tensors(output):
+    results = output_tensors(output)
+    if not results:
+        raise TraceError(
+            f"the model returned {type(output).__name__} without any tensor in it; wrap it in a "
+            "module that returns its tensors, so that what it computes can be compared"
+        )
+    for tensor in results:
         labels = tracer.get(tensor)
         if labels is not None:
             tracer.labels.freeze(labels, "output of the model")

@@ -1,0 +1,281 @@
+"""The command line. Heavy imports are inside the commands, so that ``psap --help`` is quick."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from psap.errors import ArgumentError, FileError, PsapError
+from psap.run_config import RunConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from psap.graph import Graph
+
+SHOWN = 6
+"""Layers of a group that ``psap inspect`` names."""
+
+RunOptions = Annotated[RunConfig, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="")]
+
+
+def prune(run: RunOptions, *, resume: bool = False) -> int:
+    """Train a network, prune it while it trains, and write the small one to a folder.
+
+    Args:
+        run: the settings of the run.
+        resume: go on from the checkpoint in the output folder, bit for bit.
+    """
+    from psap import record
+    from psap.progress import Bars, Lines
+    from psap.run import train
+    from psap.run_files import CHECKPOINT
+
+    console = Console()
+    progress = (Bars if console.is_terminal else Lines)(console, run.epochs)
+    try:
+        with progress:
+            found = train(run, resume=resume, listener=progress, command=record.command_line())
+    except KeyboardInterrupt:
+        if (Path(run.out) / CHECKPOINT).exists():
+            again = sys.argv[1:] + ([] if resume else ["--resume"])
+            print(f"interrupted; go on with: psap {shlex.join(again)}", file=sys.stderr)
+        raise
+    console.print(record.summary(found))
+    console.print(f"everything is in {escape(run.out)}; open {escape(run.out)}/report.html")
+    return 0
+
+
+def export(
+    source: tyro.conf.Positional[Path],
+    *,
+    out: Path,
+    format: Literal["onnx", "pt2"] = "onnx",
+    arch: str | None = None,
+    num_classes: int = 10,
+    input: str | None = None,
+) -> int:
+    """Export a small network with plain operators, and compare it with PyTorch.
+
+    Args:
+        source: the folder of a run, or a file written by psap.save.
+        out: the file to write.
+        format: "onnx", or "pt2" (torch.export).
+        arch: the dense architecture; known for the folder of a run.
+        num_classes: classes of the dense architecture; known for the folder of a run.
+        input: shape of one input, such as 3,32,32; known for the folder of a run.
+    """
+    import torch
+
+    import psap
+    from psap.models import create
+
+    path = source
+    if source.is_dir():
+        settings = _settings(source)
+        arch, num_classes = settings["arch"], settings["num_classes"]
+        path = source / "small.safetensors"
+    if arch is None:
+        raise ArgumentError(f"arch is not given; {source} does not say it, so pass --arch resnet20")
+    if source.is_dir() and input is None:
+        example = torch.zeros(_plan_input(source))
+    else:
+        example = _zeros(input, arch)
+    name, channels = arch, example.shape[1]
+    small = psap.load(path, lambda: create(name, num_classes=num_classes, in_channels=channels))
+    write = psap.export_onnx if format == "onnx" else psap.export_pt2
+    difference = write(small, out, example)
+    print(f"wrote {out}; it differs from PyTorch by at most {difference:.1e}")
+    return 0
+
+
+def report(folder: tyro.conf.Positional[Path]) -> int:
+    """Draw the report of a run again, from its record.json.
+
+    Args:
+        folder: the folder of the run.
+    """
+    from psap.report import write
+
+    print(f"wrote {write(_record(folder), folder / 'report.html')}")
+    return 0
+
+
+def inspect(*, arch: str, num_classes: int = 10, input: str | None = None) -> int:
+    """List the channel groups of a model, and for every layer left alone the reason.
+
+    Args:
+        arch: resnet20, vgg16_bn, ... or package.module:factory.
+        num_classes: classes of the model.
+        input: shape of one input; 3,32,32 by default, 1,8,8 for digits_resnet.
+    """
+    import psap
+    from psap.models import create
+
+    example = _zeros(input, arch)
+    model = create(arch, num_classes=num_classes, in_channels=example.shape[1])
+    graph = psap.trace(model, example)
+    console = Console()
+    console.print(*_groups(graph), sep="\n")
+    return 0
+
+
+def doctor(
+    *, as_json: Annotated[bool, tyro.conf.arg(name="json")] = False, strict: bool = False
+) -> int:
+    """Show what is installed and built, which backend each op takes, and what mends the rest.
+
+    Args:
+        as_json: for machines.
+        strict: exit with 1 if something is missing.
+    """
+    from psap.doctor import report, show
+
+    found = report()
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        show(found, Console())
+    return int(strict and bool(found["problems"]))
+
+
+COMMANDS: dict[str, Callable[..., int]] = {
+    "prune": prune,
+    "export": export,
+    "report": report,
+    "inspect": inspect,
+    "doctor": doctor,
+}
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        args: what was typed after the program's name; by default that of this process.
+
+    Returns:
+        0; 1 if ``doctor --strict`` found something; 2 after a mistake or a failure that psap
+        explains; 130 after Ctrl-C.
+    """
+    if os.getcwd() not in sys.path:  # package.module:factory may be the user's own, right here
+        sys.path.append(os.getcwd())
+    try:
+        code: int = tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            prog="psap",
+            description="Turns a convolutional network into a smaller one while it trains.",
+            args=args,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+        return code
+    except SystemExit as ended:  # tyro: 0 after --help, 2 after a mistake
+        return ended.code if isinstance(ended.code, int) else 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `psap inspect | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except PsapError as error:
+        if os.environ.get("PSAP_DEBUG") == "1":
+            raise
+        print(f"psap: {error}", file=sys.stderr)
+        return 2
+
+
+def _groups(graph: Graph) -> tuple[Table, Table]:
+    from psap.cost import CostModel
+
+    cost = CostModel(graph)
+    table = Table(
+        "group",
+        "channels",
+        "MACs through it",
+        "layers",
+        title=f"{len(graph.groups)} channel groups, {cost.dense.macs:,} MACs, "
+        f"{cost.dense.parameters:,} parameters",
+        caption="MACs through a group: the share of all MACs that producing and reading it takes",
+    )
+    for index, group in enumerate(graph.groups):
+        without = cost.sizes.copy()
+        without[index] = 0
+        share = 1 - cost.cost(without).macs / max(1, cost.dense.macs)
+        others = len(group.layers) - SHOWN
+        layers = ", ".join(group.layers[:SHOWN]) + (f" and {others} more" if others > 0 else "")
+        table.add_row(escape(group.name), str(group.size), f"{share:.1%}", escape(layers))
+    alone = Table("layer", "reason", title=f"{len(graph.left_alone)} layers left alone")
+    for layer, reason in graph.left_alone.items():
+        alone.add_row(escape(layer), escape(reason))
+    return table, alone
+
+
+def _zeros(text: str | None, arch: str) -> Tensor:
+    """A batch of two inputs of the given shape."""
+    import torch
+
+    text = text or ("1,8,8" if arch == "digits_resnet" else "3,32,32")
+    try:
+        shape = [int(part) for part in text.split(",")]
+    except ValueError:
+        shape = []
+    if len(shape) != 3 or min(shape) < 1:
+        raise ArgumentError(f"input is {text!r}; pass channels,height,width, such as 3,32,32")
+    return torch.zeros([2, *shape])
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    """The record of a finished run.
+
+    Raises:
+        FileError: there is none, or it is damaged.
+    """
+    path = folder / "record.json"
+    try:
+        found = json.loads(path.read_text())
+    except OSError as error:
+        raise FileError(
+            f"{path} cannot be read ({error.strerror}); pass the folder of a finished run"
+        ) from error
+    except ValueError as error:
+        raise FileError(
+            f"{path} is damaged: {error}; finish the run again with --resume"
+        ) from error
+    if not isinstance(found, dict):
+        raise FileError(f"{path} is no record of a run")
+    return found
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    settings = _record(folder).get("config")
+    if not isinstance(settings, dict) or not {"arch", "num_classes"} <= set(settings):
+        raise FileError(
+            f"{folder / 'record.json'} does not say arch and num_classes; pass "
+            f"{folder / 'small.safetensors'} with --arch and --num-classes"
+        )
+    return settings
+
+
+def _plan_input(folder: Path) -> tuple[int, ...]:
+    from psap.plans import Plan
+
+    path = folder / "plan.json"
+    try:
+        plan = Plan.from_json(path.read_text())
+    except OSError as error:
+        raise FileError(
+            f"{path} cannot be read ({error.strerror}); pass the folder of a finished run"
+        ) from error
+    spec = plan.inputs[0] if plan.inputs else None
+    if spec is None:
+        raise FileError(f"{path} does not say the shape of the input; pass --input")
+    return spec.shape

@@ -1,0 +1,86 @@
+"""The files of a run: its folder, its checkpoint, the weights that it starts from."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import nn
+
+from psap.errors import ArgumentError, FileError, StateError
+from psap.recipe import read_tree
+from psap.run_config import RunConfig, difference
+
+CHECKPOINT = "checkpoint.safetensors"
+FORMAT = "psap-run"
+VERSION = 1
+
+
+def prepare_folder(out: str) -> Path:
+    """Make the output folder, and check that files can be written there.
+
+    Raises:
+        FileError: they cannot.
+    """
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".psap-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise FileError(
+            f"out is {out!r}, which cannot be written: {error.strerror}; choose another folder"
+        ) from error
+    return folder
+
+
+def load_weights(model: nn.Module, path: str) -> None:
+    """Load the weights of a dense model from a .safetensors file.
+
+    Raises:
+        FileError: it is another kind of file, or is missing or damaged.
+        ArgumentError: the weights belong to another model.
+    """
+    if not path.endswith(".safetensors"):
+        raise FileError(
+            f"weights is {path!r}, no .safetensors file; psap reads no pickles (.pt, .pth), since "
+            "loading one runs the code in it. Where you trust it, convert it with "
+            "safetensors.torch.save_file(torch.load(path, weights_only=True), 'w.safetensors')"
+        )
+    try:
+        state = load_file(path)
+    except FileNotFoundError as error:
+        raise FileError(f"weights is {path!r}, which does not exist") from error
+    except Exception as error:  # safetensors raises many types for a damaged file
+        raise FileError(f"weights is {path!r}, which cannot be read: {error}") from error
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split("\n\t")[1:2]) or str(error)
+        raise ArgumentError(
+            f"weights is {path!r}, which does not fit {type(model).__name__}: {reason}"
+        ) from error
+
+
+def read_checkpoint(folder: Path, config: RunConfig) -> dict[str, Any]:
+    """The checkpoint of a run with these settings.
+
+    Raises:
+        FileError: there is none.
+        StateError: the settings differ; names the first difference.
+    """
+    path = folder / CHECKPOINT
+    if not path.exists():
+        raise FileError(f"{path} does not exist, so there is no run to resume; start one first")
+    tree = read_tree(path)
+    if not isinstance(tree, dict) or tree.get("format") != FORMAT or tree.get("version") != VERSION:
+        raise FileError(f"{path} is no checkpoint of this version of psap; start the run again")
+    changed = difference(tree["config"], config)
+    if changed is not None:
+        raise StateError(
+            f"{path} belongs to a run with other settings: {changed}; resume with the same ones"
+        )
+    return tree

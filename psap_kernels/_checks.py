@@ -1,0 +1,193 @@
+"""Checks of what users pass in. One style: argument, what it was, what is wanted, what to do.
+
+Checks that look at *values* need the data, so they are left out while torch.compile traces; the
+kernels check index ranges again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_MAX_INT32 = 2**31 - 1
+
+
+def tensor_list(name: str, value: Sequence[Tensor], *, length: int | None = None) -> list[Tensor]:
+    """A sequence of dense tensors; ``length`` of them if given."""
+    if isinstance(value, Tensor) or not isinstance(value, Sequence):
+        raise TypeError(
+            f"{name} is a {type(value).__name__}, wanted a list or tuple of tensors:"
+            f" wrap a single one as [{name}]"
+        )
+    if length is not None and len(value) != length:
+        raise ValueError(f"{name} has {len(value)} entries, wanted {length}: one for each tensor")
+    for i, item in enumerate(value):
+        if not isinstance(item, Tensor):
+            raise TypeError(f"{name}[{i}] is a {type(item).__name__}, wanted a tensor")
+        if item.layout != torch.strided:
+            raise TypeError(
+                f"{name}[{i}] has layout {item.layout}, wanted torch.strided: use .to_dense()"
+            )
+    return list(value)
+
+
+def optional_list(
+    name: str, value: Sequence[Tensor | None], sizes: Sequence[int], device: torch.device
+) -> list[Tensor]:
+    """A sequence of index lists in which None stands for 0, 1, ... size - 1."""
+    if isinstance(value, Tensor) or not isinstance(value, Sequence):
+        return tensor_list(name, value, length=len(sizes))
+    if len(value) != len(sizes):
+        raise ValueError(
+            f"{name} has {len(value)} entries, wanted {len(sizes)}: one for each tensor"
+        )
+    # One arange serves all: the shorter lists are views of it.
+    longest = max((n for v, n in zip(value, sizes, strict=True) if v is None), default=0)
+    everything = torch.arange(longest, device=device)
+    filled = [everything[:n] if v is None else v for v, n in zip(value, sizes, strict=True)]
+    return tensor_list(name, filled)
+
+
+def filters(name: str, tensors: list[Tensor]) -> None:
+    """Every tensor is [O, ...], all on one device."""
+    for i, tensor in enumerate(tensors):
+        if tensor.dim() == 0:
+            raise ValueError(
+                f"{name}[{i}] has no dimension, wanted [O, ...] with the filters in dimension 0:"
+                " reshape it to [1]"
+            )
+        same_device(name, i, tensor, tensors[0].device)
+
+
+# The checks below take the name and the position apart: a label made for every tensor of every
+# call would cost more than the kernel does on a small network.
+
+
+def _label(name: str, i: int | None) -> str:
+    return name if i is None else f"{name}[{i}]"
+
+
+def same_device(name: str, i: int | None, tensor: Tensor, device: torch.device) -> None:
+    """``tensor`` is where the others are."""
+    if tensor.device != device:
+        raise ValueError(
+            f"{_label(name, i)} is on {tensor.device}, wanted {device} like the others:"
+            f" use .to('{device}')"
+        )
+
+
+def dtype(name: str, i: int | None, tensor: Tensor, *wanted: torch.dtype) -> None:
+    """``tensor`` has one of the wanted dtypes."""
+    if tensor.dtype not in wanted:
+        names = " or ".join(str(d) for d in wanted)
+        raise TypeError(
+            f"{_label(name, i)} is {tensor.dtype}, wanted {names}: convert it with .to()"
+        )
+
+
+def shape(name: str, i: int | None, tensor: Tensor, wanted: Sequence[int], hint: str) -> None:
+    """``tensor`` has exactly this shape."""
+    if tensor.shape != wanted:
+        raise ValueError(
+            f"{_label(name, i)} has shape {list(tensor.shape)}, wanted {list(wanted)}: {hint}"
+        )
+
+
+def stats_arguments(weights: list[Tensor], grads: list[Tensor], tau: Tensor) -> None:
+    """Arguments of ``layer_stats``."""
+    filters("weights", weights)
+    device = weights[0].device if weights else tau.device
+    for i, weight in enumerate(weights):
+        dtype("weights", i, weight, *FLOATS)
+        if weight.numel() > _MAX_INT32 * weight.shape[0]:
+            raise ValueError(
+                f"weights[{i}] has {weight.shape[1:].numel()} elements in a filter, wanted at most"
+                f" {_MAX_INT32} (counts are int32): split the filter"
+            )
+    for i, grad in enumerate(grads):
+        same_device("grads", i, grad, device)
+        dtype("grads", i, grad, weights[i].dtype)
+        shape("grads", i, grad, weights[i].shape, "pass the gradient of this very weight")
+    same_device("tau", None, tau, device)
+    dtype("tau", None, tau, torch.float32)
+    shape("tau", None, tau, (len(weights),), "pass one threshold for each weight")
+
+
+def index_list(name: str, i: int, index: Tensor, device: torch.device) -> None:
+    """An int64 list of indices; ``index_ranges`` looks at the values."""
+    same_device(name, i, index, device)
+    dtype(name, i, index, torch.int64)
+    if index.dim() != 1:
+        raise ValueError(
+            f"{name}[{i}] has shape {list(index.shape)}, wanted one dimension:"
+            " pass a list of indices"
+        )
+
+
+def index_ranges(name: str, lists: dict[int, Tensor], sizes: dict[int, int]) -> None:
+    """Every list, by its position in ``name``, stays within its size.
+
+    All lists are looked at together: one by one, this would cost more than the kernel does.
+    """
+    if torch.compiler.is_compiling() or not lists or next(iter(lists.values())).is_meta:
+        return
+    lengths = torch.tensor([index.shape[0] for index in lists.values()])
+    limits = torch.tensor([sizes[i] for i in lists]).repeat_interleave(lengths)
+    flat = torch.cat(list(lists.values()))
+    wrong = (flat < 0) | (flat >= limits.to(flat.device))
+    if not wrong.any():
+        return
+    for i, index in lists.items():
+        for value in index.tolist():
+            if not 0 <= value < sizes[i]:
+                raise ValueError(
+                    f"{name}[{i}] has index {value}, wanted 0 <= index < {sizes[i]}:"
+                    " was it made for another layer?"
+                )
+
+
+def writable(name: str, tensors: list[Tensor]) -> None:
+    """No two elements of a tensor share memory."""
+    for i, tensor in enumerate(tensors):
+        if any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True)):
+            raise ValueError(
+                f"{name}[{i}] is an expanded tensor, wanted one with memory of its own for every"
+                " element: use .clone()"
+            )
+
+
+def zero_arguments(tensors: list[Tensor], keep: list[Tensor]) -> None:
+    """Arguments of ``zero_filters_``."""
+    filters("tensors", tensors)
+    writable("tensors", tensors)
+    for i, (tensor, kept) in enumerate(zip(tensors, keep, strict=True)):
+        same_device("keep", i, kept, tensor.device)
+        dtype("keep", i, kept, torch.bool)
+        shape("keep", i, kept, tensor.shape[:1], "pass one value for each filter of its tensor")
+
+
+def _repeats(index: Tensor) -> bool:
+    if torch.compiler.is_compiling() or index.is_meta:
+        return False
+    return bool(index.unique().numel() != index.numel())
+
+
+def restore_arguments(tensors: list[Tensor], rows: list[Tensor], saved: list[Tensor]) -> None:
+    """Arguments of ``restore_filters_``."""
+    filters("tensors", tensors)
+    writable("tensors", tensors)
+    for i, (tensor, index, values) in enumerate(zip(tensors, rows, saved, strict=True)):
+        index_list("rows", i, index, tensor.device)
+        if _repeats(index):
+            raise ValueError(
+                f"rows[{i}] names a row twice, wanted unique rows: two saved copies of one filter"
+                " cannot both be restored"
+            )
+        same_device("saved", i, values, tensor.device)
+        dtype("saved", i, values, tensor.dtype)
+        wanted = (index.shape[0], *tensor.shape[1:])
+        shape("saved", i, values, wanted, f"pass a row for each of rows[{i}]")
+    index_ranges("rows", dict(enumerate(rows)), {i: t.shape[0] for i, t in enumerate(tensors)})

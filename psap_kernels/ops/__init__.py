@@ -1,0 +1,1 @@
+"""One module per op: its public function, fake kernel and choice of backend."""

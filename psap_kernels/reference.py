@@ -1,0 +1,81 @@
+"""Every op in plain PyTorch: the fallback where nothing is compiled, and what kernels must equal.
+
+The arguments are those of the schemas in ``_library``, already checked.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def layer_stats(
+    weights: list[Tensor], grads: list[Tensor], tau: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sums and counts per filter and per layer, all of them taken in float64."""
+    filter_sums = [tau.new_empty((6, 0), dtype=torch.float32)]
+    filter_counts = [tau.new_empty((3, 0), dtype=torch.int32)]
+    layer_sums = [tau.new_empty((0, 7), dtype=torch.float64)]
+    layer_counts = [tau.new_empty((0, 3), dtype=torch.int64)]
+    for layer, weight in enumerate(weights):
+        w = _rows(weight)
+        g = _rows(grads[layer]) if grads else torch.zeros_like(w)
+        wg = w * g
+        sums = torch.stack([t.sum(1) for t in (w.abs(), w * w, g.abs(), g * g, wg.abs(), wg, w)])
+        counts = torch.stack(
+            [t.sum(1) for t in (w.abs() < tau[layer], ~w.isfinite(), ~g.isfinite())]
+        )
+        filter_sums.append(sums[:6].float())
+        filter_counts.append(counts.int())
+        layer_sums.append(sums.sum(1)[None])
+        layer_counts.append(counts.sum(1)[None])
+    return (
+        torch.cat(filter_sums, 1),
+        torch.cat(filter_counts, 1),
+        torch.cat(layer_sums),
+        torch.cat(layer_counts),
+    )
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """[O, ...] -> float64 [O, n]; view() cannot infer n where O is 0."""
+    return tensor.double().reshape(tensor.shape[0], tensor.shape[1:].numel())
+
+
+def shrink(tensors: list[Tensor], keep_dim0: list[Tensor], keep_dim1: list[Tensor]) -> list[Tensor]:
+    """Two index_selects, in the memory format of the input."""
+    outputs = []
+    for tensor, keep0, keep1 in zip(tensors, keep_dim0, keep_dim1, strict=True):
+        out = tensor.index_select(0, keep0)
+        if tensor.dim() > 1:
+            out = out.index_select(1, keep1)
+        outputs.append(out.contiguous(memory_format=memory_format(tensor)))
+    return outputs
+
+
+def memory_format(tensor: Tensor) -> torch.memory_format:
+    """Return the format that ``shrink`` keeps.
+
+    channels_last where the tensor has it; a tensor that is contiguous too (one channel, a 1x1
+    kernel) counts as channels_last only if its last stride is the number of channels.
+    """
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    wanted = formats.get(tensor.dim())
+    if wanted is None or not tensor.is_contiguous(memory_format=wanted):
+        return torch.contiguous_format
+    both = tensor.is_contiguous()
+    if both and (tensor.shape[1] == 1 or tensor.stride(-1) != tensor.shape[1]):
+        return torch.contiguous_format
+    return wanted
+
+
+def zero_filters_(tensors: list[Tensor], keep: list[Tensor]) -> None:
+    """A masked fill: multiplying would leave NaN."""
+    for tensor, kept in zip(tensors, keep, strict=True):
+        tensor.masked_fill_(~kept.reshape(-1, *[1] * (tensor.dim() - 1)), 0)
+
+
+def restore_filters_(tensors: list[Tensor], rows: list[Tensor], saved: list[Tensor]) -> None:
+    """An index copy: the bits of ``saved`` as they are."""
+    for tensor, index, values in zip(tensors, rows, saved, strict=True):
+        tensor.index_copy_(0, index, values)

@@ -1,0 +1,50 @@
+"""Shared by all tests: threads, what is skipped and why, where larger data sets are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before torch is imported: idle OpenMP threads sleep and leave the cores to other processes.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import pytest
+import torch
+from hypothesis import settings
+
+ROOT = Path(__file__).parents[1]
+
+settings.register_profile("psap", deadline=None, derandomize=True, database=None)
+settings.load_profile("psap")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # The networks of the tests are too small for a second thread to help.
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    chosen = config.option.markexpr
+    skips = {
+        "slow": "slow" not in chosen and "slow; run it with -m slow",
+        "zoo": "zoo" not in chosen and "needs torchvision and timm; run `make zoo`",
+        "gpu": not torch.cuda.is_available() and "needs a CUDA device",
+    }
+    for item in items:
+        for marker, reason in skips.items():
+            if reason and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of larger data sets."""
+    folder = Path(os.environ.get("PSAP_DATA_DIR", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip("set PSAP_DATA_DIR to a folder with cifar10-jpeg/ and cifar-resnets/")
+    return folder

@@ -1,0 +1,239 @@
+"""The command line: each command, exit codes, messages."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+import psap
+from psap.cli import main
+from psap.models import digits_resnet
+
+ROOT = Path(__file__).parents[1]
+TINY = ["--target-macs", "0.5", "--epochs", "3", "--dense-epochs", "0", "--prune-epochs", "2"]
+TINY += ["--batch-size", "512", "--threads", "1"]
+
+
+def takes_arguments(width: int) -> nn.Module:
+    return nn.Linear(width, width)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run."""
+    out = tmp_path_factory.mktemp("runs") / "first"
+    assert main(["prune", *TINY, "--out", str(out)]) == 0
+    return out
+
+
+def fails(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a refused command prints."""
+    assert main(args) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("psap: ") and error.count("\n") == 1
+    return error.removeprefix("psap: ").strip()
+
+
+def test_prune_writes_everything(run: Path) -> None:
+    wanted = {"checkpoint.safetensors", "small.safetensors", "model.onnx", "plan.json"}
+    wanted |= {"history.jsonl", "record.json", "report.html"}
+    assert {path.name for path in run.iterdir()} == wanted
+    record = json.loads((run / "record.json").read_text())
+    assert record["onnx"]["max_abs_difference"] < 1e-4
+    assert record["compare"]["small"]["latency_ms"]["median"] > 0
+    small = psap.load(run / "small.safetensors", digits_resnet)
+    count = sum(p.numel() for p in small.parameters())
+    assert count == record["compare"]["small"]["parameters"]
+
+
+def test_prune_prints_lines_and_a_table(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prune", *TINY, "--out", str(run), "--resume"]) == 0
+    out = capsys.readouterr().out
+    assert "accuracy" in out and "% kept" in out and "report.html" in out
+
+
+@pytest.mark.parametrize("form", ["onnx", "pt2"])
+def test_export_of_a_run(
+    form: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / f"model.{form}"
+    assert main(["export", str(run), "--format", form, "--out", str(path)]) == 0
+    assert f"wrote {path}; it differs from PyTorch by at most" in capsys.readouterr().out
+    x = torch.randn(5, 1, 8, 8)
+    small = psap.load(run / "small.safetensors", digits_resnet).eval()
+    if form == "onnx":
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(got), small(x), atol=1e-4, rtol=1e-4)
+    else:
+        torch.testing.assert_close(torch.export.load(path).module()(x), small(x))
+
+
+def test_export_of_a_file(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, out = str(run / "small.safetensors"), str(tmp_path / "a.pt2")
+    assert fails(["export", file, "--format", "pt2", "--out", out], capsys) == (
+        f"arch is not given; {file} does not say it, so pass --arch resnet20"
+    )
+    command = ["export", file, "--format", "pt2", "--out", out, "--arch", "digits_resnet"]
+    assert main(command) == 0
+    assert Path(out).is_file()
+    error = fails([*command, "--num-classes", "7"], capsys)
+    assert "the plan was made for another model" in error
+
+
+def test_report_again(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (run / "report.html").read_text()
+    (run / "report.html").unlink()
+    assert main(["report", str(run)]) == 0
+    assert capsys.readouterr().out == f"wrote {run / 'report.html'}\n"
+    assert (run / "report.html").read_text() == before
+
+
+def test_report_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fails(["report", str(tmp_path)], capsys) == (
+        f"{tmp_path / 'record.json'} cannot be read (No such file or directory); pass the folder "
+        "of a finished run"
+    )
+    (tmp_path / "record.json").write_text("{")
+    assert "record.json is damaged: " in fails(["report", str(tmp_path)], capsys)
+    (tmp_path / "record.json").write_text("[]")
+    assert fails(["report", str(tmp_path)], capsys).endswith("is no record of a run")
+    (tmp_path / "record.json").write_text("{}")
+    error = fails(["export", str(tmp_path), "--out", str(tmp_path / "x.onnx")], capsys)
+    assert "does not say arch and num_classes" in error
+
+
+def test_inspect(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "--arch", "digits_resnet"]) == 0
+    out = capsys.readouterr().out
+    assert "6 channel groups, 763,520 MACs, 77,754 parameters" in out
+    assert "stage3.conv1" in out
+    assert "1 layers left alone" in out and "output of the model" in out
+
+
+def test_inspect_names_the_groups_of_padded_shortcuts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "--arch", "resnet20", "--input", "3,16,16"]) == 0
+    assert "12 channel groups" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["3,x", "3,32", "0,8,8"])
+def test_inspect_refuses_a_shape(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fails(["inspect", "--arch", "resnet20", "--input", text], capsys) == (
+        f"input is {text!r}; pass channels,height,width, such as 3,32,32"
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "target_macs and target_parameters are None; pass one, such as target_macs=0.3"),
+        (
+            ["--target-macs", "1.5"],
+            "Target.macs is 1.5; pass a number in (0, 1]: the share that is kept",
+        ),
+        (["--target-macs", "0.001"], "the smallest network that these limits allow keeps 1."),
+        (
+            ["--target-macs", "0.3", "--arch", "resnet21"],
+            "model is 'resnet21'; pass one of digits_resnet, resnet20, ",
+        ),
+        (["--target-macs", "0.3", "--arch", "no.such:thing"], "no.such cannot be imported: "),
+        (
+            ["--target-macs", "0.3", "--arch", "test_cli:takes_arguments"],
+            "test_cli:takes_arguments cannot be called with {}: ",
+        ),
+        (
+            ["--target-macs", "0.3", "--data", "cifar10"],
+            "data_dir is None; pass the folder that holds cifar10",
+        ),
+        (
+            ["--target-macs", "0.3", "--data", "cifar10", "--data-dir", "/no/such"],
+            "/no/such holds no CIFAR-10; wanted train.parquet and test.parquet",
+        ),
+        (["--target-macs", "0.3", "--weights", "a.pt"], "weights is 'a.pt', no .safetensors file"),
+        (["--target-macs", "0.3", "--resume"], "so there is no run to resume; start one first"),
+    ],
+)
+def test_prune_refuses(
+    args: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in fails(["prune", *args, "--out", str(tmp_path / "run")], capsys)
+
+
+def test_prune_refuses_a_folder_that_is_not_writable(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    out = str(tmp_path / "file" / "run")
+    error = fails(["prune", *TINY, "--out", out], capsys)
+    assert error == (
+        f"out is {out!r}, which cannot be written: Not a directory; choose another folder"
+    )
+
+
+def test_prune_refuses_to_resume_with_other_settings(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = fails(["prune", *TINY, "--out", str(run), "--resume", "--seed", "7"], capsys)
+    assert error == (
+        f"{run / 'checkpoint.safetensors'} belongs to a run with other settings: seed was 0 and is "
+        "7; resume with the same ones"
+    )
+
+
+def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    assert "inspect" in capsys.readouterr().out
+    assert main(["prune", "--target-macs", "much"]) == 2
+    assert main(["prun"]) == 2
+    assert main([]) == 2
+    capsys.readouterr()
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PSAP_DEBUG", "1")
+    with pytest.raises(psap.ArgumentError, match="target_macs and target_parameters are None"):
+        main(["prune"])
+
+
+def test_help_is_quick_because_torch_is_not_imported() -> None:
+    code = "import sys; from psap.cli import main; main(['prune', '--help']); "
+    code += "assert 'torch' not in sys.modules and 'psap_kernels' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--target-macs" in done.stdout
+
+
+def test_ctrl_c_says_how_to_resume(tmp_path: Path) -> None:
+    out = tmp_path / "my run"
+    args = ["prune", *TINY, "--epochs", "400", "--out", str(out)]
+    history = out / "history.jsonl"
+    limit = time.monotonic() + 60
+    with subprocess.Popen(
+        [sys.executable, "-m", "psap", *args],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        while not (history.exists() and history.read_text()):
+            assert process.poll() is None and time.monotonic() < limit
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        printed, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "epoch   1/400  prune" in printed
+    assert error == (
+        "\nstopping after this step; press Ctrl-C again to stop at once\n"
+        f"interrupted; go on with: psap {' '.join(args[:-1])} '{out}' --resume\n"
+    )

@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import ast
+import os
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from importlib import metadata, resources
+from pathlib import Path
+
+import pytest
+
+import psap
+import psap_kernels
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("psap", "psap_kernels")
+FOLDERS = (*PACKAGES, "tests", "benchmarks", "examples")
+FILES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in [
+        *(file for name in FOLDERS for file in (ROOT / name).rglob("*.py")),
+        *ROOT.glob("*.py"),
+    ]
+)
+MODULES = {
+    file.removesuffix(".py").removesuffix("/__init__").replace("/", "."): ast.parse(
+        (ROOT / file).read_text()
+    )
+    for file in FILES
+    if file.split("/")[0] in PACKAGES
+}
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+
+# What an import costs and does
+
+
+def test_import_is_cheap_and_silent():
+    # The bar is 0.1 s on a quiet machine. A loaded one takes a multiple of its usual time, and what
+    # must not come in (onnx, pyarrow, triton, matplotlib) costs more than these 0.3 s each.
+    code = (
+        "import time, torch; start = time.perf_counter(); import psap, psap_kernels; "
+        "print(time.perf_counter() - start, torch.cuda.is_initialized())"
+    )
+    seconds = []
+    for _ in range(3):
+        done = python(code)
+        assert done.stderr == ""
+        elapsed, initialised = done.stdout.split()
+        assert initialised == "False"
+        seconds.append(float(elapsed))
+    assert statistics.median(seconds) < 0.3
+
+
+def test_import_brings_in_no_optional_package():
+    optional = {"PIL", "hypothesis", "matplotlib", "onnx", "onnxruntime", "onnxscript", "pyarrow"}
+    done = python(
+        "import sys, torch; before = set(sys.modules)\n"
+        "import psap, psap_kernels, psap.data, psap.models, psap.measure\n"
+        "print(*{name.split('.')[0] for name in set(sys.modules) - before})"
+    )
+    assert optional.isdisjoint(done.stdout.split())
+    assert done.stderr == ""
+
+
+# Metadata
+
+
+def test_versions_agree():
+    assert metadata.version("psap") == psap.__version__
+
+
+def test_command_is_declared():
+    (command,) = metadata.entry_points(group="console_scripts", name="psap")
+    assert command.value == "psap.cli:main"
+
+
+@pytest.mark.skipif(os.environ.get("PSAP_REQUIRE_EXT") != "1", reason="PSAP_REQUIRE_EXT is not 1")
+def test_a_required_extension_is_there():
+    part = psap_kernels.build_info()["parts"]["_C"]
+    assert part["available"], part["why_missing"]
+
+
+@pytest.mark.parametrize("name", ["py.typed", "data/digits.npz", "data/DATA_LICENSE.md"])
+def test_files_of_the_package(name):
+    assert resources.files("psap").joinpath(name).is_file()
+
+
+# House rules that a linter does not know
+
+
+def imports_at_load(tree: ast.Module) -> Iterator[str]:
+    """Names of the modules that an import of this one imports, functions left out."""
+    waiting: list[ast.AST] = list(tree.body)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports are not used here"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield full if full in MODULES else str(node.module)
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            waiting += node.orelse
+        elif not isinstance(node, FUNCTIONS):
+            waiting += ast.iter_child_nodes(node)
+
+
+def test_modules_do_not_import_each_other_in_a_circle():
+    graph = {
+        name: {other for other in imports_at_load(tree) if other in MODULES}
+        for name, tree in MODULES.items()
+    }
+    assert graph["psap.data"] >= {"psap.data.loader", "psap.errors"}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"import cycle: {' -> '.join(error.args[1])}")
+
+
+def test_kernels_do_not_need_psap():
+    for name, tree in MODULES.items():
+        if name.startswith("psap_kernels"):
+            assert not [other for other in imports_at_load(tree) if other.split(".")[0] == "psap"]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_length_of_files_and_functions(file):
+    text = (ROOT / file).read_text()
+    assert len(text.splitlines()) <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, FUNCTIONS):
+            lines = node.end_lineno - node.lineno + 1
+            if ast.get_docstring(node) is not None:
+                lines -= node.body[0].end_lineno - node.body[0].lineno + 1
+            assert lines <= 50, f"{node.name} has {lines} lines besides its docstring"
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_nothing_unpickles(file):
+    """A pickle runs code when it is loaded, and it is read by nothing here."""
+    for node in ast.walk(ast.parse((ROOT / file).read_text())):
+        match node:
+            case ast.Import(names=names):
+                modules = {alias.name.split(".")[0] for alias in names}
+            case ast.ImportFrom(module=module):
+                modules = {str(module).split(".")[0]}
+            case _:
+                modules = set()
+        assert modules.isdisjoint({"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve"})
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            if called == "torch.load":
+                assert given.get("weights_only") == "True", f"line {node.lineno}"
+            if called in ("np.load", "numpy.load"):
+                assert given.get("allow_pickle") == "False", f"line {node.lineno}"
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.startswith("tests/")])
+def test_every_raises_says_what_it_expects(file):
+    for node in ast.walk(ast.parse((ROOT / file).read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.raises":
+            assert "match" in {keyword.arg for keyword in node.keywords}, f"line {node.lineno}"
+
+
+def test_defaults_are_immutable():
+    for name, tree in MODULES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, FUNCTIONS):
+                for default in [*node.args.defaults, *filter(None, node.args.kw_defaults)]:
+                    mutable = isinstance(default, (ast.List, ast.Dict, ast.Set))
+                    assert not mutable, f"{name}.{node.name}"
+
+
+def test_ci_runs_the_checks_of_the_makefile():
+    script = (ROOT / ".ci" / "run").read_text()
+    assert re.search(r"^exec make check ", script, re.MULTILINE)
+    assert re.search(r"^check: lint types test$", (ROOT / "Makefile").read_text(), re.MULTILINE)
