@@ -96,12 +96,8 @@ def train(digits: data.DataSpec, log: Log) -> tuple[nn.Module, psap.Result]:
     result = pruner.finish()
 
     # From here on it is an ordinary small network, and its optimizer has kept its momentum.
-    fit(
-        *(result.model, result.optimizer, digits, log),
-        phase="finetune",
-        epochs=FINETUNE,
-        lr=(0.03, 0.0),
-    )
+    small, optimizer = result.model, result.optimizer
+    fit(small, optimizer, digits, log, phase="finetune", epochs=FINETUNE, lr=(0.03, 0.0))
     return dense, result
 
 

@@ -261,6 +261,8 @@ def _slices(twin: fx.Node, index: Any, shape: Any, before: Stays) -> None:
 
 
 def _slice(twin: fx.Node, item: Any, mask: Tensor, size: int) -> Any:
+    if isinstance(item, int) and bool(mask[item]):
+        return _kept_before(mask, item % size)
     if not isinstance(item, slice) or any(
         isinstance(v, fx.Node) for v in (item.start, item.stop, item.step)
     ):

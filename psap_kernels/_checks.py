@@ -45,7 +45,7 @@ def optional_list(
             f"{name} has {len(value)} entries, wanted {len(sizes)}: one for each tensor"
         )
     # One arange serves all: the shorter lists are views of it.
-    longest = max((n for v, n in zip(value, sizes, strict=True) if v is None), default=0)
+    longest = max([0, *(n for v, n in zip(value, sizes, strict=True) if v is None)])
     everything = torch.arange(longest, device=device)
     filled = [everything[:n] if v is None else v for v, n in zip(value, sizes, strict=True)]
     return tensor_list(name, filled)

@@ -87,6 +87,26 @@ def reshapes(t: Tracer, a: Args, out: Tensor) -> None:
     else:
         full = labels.expand(x.shape).reshape(out.shape)
     t.set(out, full)
+    after = t.get(out)
+    if after is not None and _varying(labels) > max(1, _varying(after)):
+        _block(t, labels)
+
+
+def _varying(labels: Tensor) -> int:
+    """Along how many dimensions labels change."""
+    return sum(size > 1 for size in labels.shape)
+
+
+def _block(t: Tracer, labels: Tensor) -> None:
+    """Unite labels that lie along several dimensions, except along the longest of these.
+
+    What is left of a tensor must be a block again if its dimensions are merged (channel shuffle).
+    """
+    longest = max(range(labels.dim()), key=lambda d: (labels.shape[d], d))
+    head = labels
+    for dim in range(labels.dim()):
+        head = head if dim == longest else head.narrow(dim, 0, 1)
+    t.labels.unite(labels, head)
 
 
 def _stretched(
@@ -173,6 +193,28 @@ def moves(op: Any) -> Rule:
             t.set(out, moved)
 
     return rule
+
+
+def selects(t: Tracer, a: Args, out: Tensor) -> None:
+    """One position of a dimension; a channel that is chosen by its number stays."""
+    labels = t.full(a["self"])
+    if labels is None:
+        return
+    moved = labels.select(int(a["dim"]), int(a["index"]))
+    compacted = t.get(a["self"])
+    if compacted is not None and compacted.shape[int(a["dim"])] > 1:
+        t.freeze(moved, "chosen by its position")
+    t.set(out, moved)
+
+
+def pixel_shuffle(t: Tracer, a: Args, out: Tensor) -> None:
+    """Channels move into space; those of one output channel go together."""
+    labels = t.full(a["self"])
+    if labels is None:
+        return
+    moved = torch.pixel_shuffle(labels, int(a["upscale_factor"]))
+    t.labels.unite(moved[:1], moved[:1, :, :1, :1])
+    t.set(out, moved)
 
 
 def shifts(op: Any) -> Rule:

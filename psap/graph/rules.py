@@ -37,11 +37,13 @@ from psap.graph.movement import (
     moves,
     pad,
     permutes,
+    pixel_shuffle,
     pools,
     reduces,
     reshapes,
     restrides,
     same,
+    selects,
     shifts,
     sums,
 )
@@ -110,7 +112,7 @@ _table(permutes(aten.t), "t")
 _table(same, "detach", "alias", "clone", "contiguous", "_to_copy", "lift_fresh")
 _table(expands, "expand")
 _table(restrides, "as_strided_")
-_table(moves(aten.select), "select")
+_table(selects, "select")
 _table(moves(aten.slice), "slice")
 _table(moves(aten.split), "split")
 _table(moves(aten.split_with_sizes), "split_with_sizes")
@@ -121,7 +123,7 @@ _table(moves(aten.flip), "flip")
 _table(shifts(aten.roll), "roll")
 _table(moves(aten.repeat), "repeat")
 _table(shifts(aten.index_select), "index_select")
-_table(moves(aten.pixel_shuffle), "pixel_shuffle")
+_table(pixel_shuffle, "pixel_shuffle")
 _table(moves(aten.pixel_unshuffle), "pixel_unshuffle")
 _table(moves(aten.channel_shuffle), "channel_shuffle", "native_channel_shuffle")
 _table(pad, "constant_pad_nd")

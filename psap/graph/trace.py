@@ -302,7 +302,8 @@ def check_model(model: Any) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
-    checked: nn.Module = _unwrapped(model)
+    inner = getattr(model, "_orig_mod", None)  # of what torch.compile wrapped
+    checked: nn.Module = inner if isinstance(inner, nn.Module) else model
     if isinstance(checked, torch.jit.ScriptModule):
         raise ArgumentTypeError(
             "model is a ScriptModule; pass the eager nn.Module it was made from"
@@ -317,12 +318,6 @@ def check_model(model: Any) -> nn.Module:
     if len(devices) > 1:
         raise ArgumentError(f"model lies on several devices ({', '.join(devices)}); move it to one")
     return checked
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The module that torch.compile wrapped."""
-    inner = getattr(model, "_orig_mod", None)
-    return inner if isinstance(inner, nn.Module) else model
 
 
 @contextmanager

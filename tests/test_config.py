@@ -1,0 +1,114 @@
+"""Configuration: what is accepted, what is refused and how."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+
+import psap
+
+TARGET = psap.Target(macs=0.5)
+
+
+def test_defaults_are_those_of_the_method() -> None:
+    config = psap.Config()
+    assert dataclasses.asdict(config) == {
+        "target": {"macs": 0.5, "parameters": None},
+        "prune_steps": 5,
+        "warmup": 0,
+        "interval": 1,
+        "schedule": "cubic",
+        "adapt": "sparsity",
+        "sparsity_alpha": 0.5,
+        "sparsity_power": 2.0,
+        "sparsity_ema": 0.5,
+        "stream_factor": 1.0,
+        "max_ratio": 0.9,
+        "min_channels": 2,
+        "round_to": 1,
+        "score": "l2",
+        "protect": "gate",
+        "gate_eps": 1e-3,
+        "window": 8,
+        "z_threshold": 3.0,
+        "restore_share": 0.1,
+        "restore_bonus": 0.3,
+        "verify": True,
+    }
+
+
+def test_every_field_is_documented() -> None:
+    for kind in (psap.Config, psap.Target):
+        for item in dataclasses.fields(kind):
+            assert f"        {item.name}: " in (kind.__doc__ or ""), item.name
+
+
+def test_configurations_are_values() -> None:
+    assert psap.Config(target=TARGET) == psap.Config()
+    assert hash(psap.Config(target=TARGET)) == hash(psap.Config())
+    with pytest.raises(dataclasses.FrozenInstanceError, match="cannot assign"):
+        psap.Config().window = 3
+    with pytest.raises(TypeError, match="positional"):
+        psap.Target(0.5)
+
+
+@pytest.mark.parametrize("value", [1, 1.0, 0.5, 5e-324])
+@pytest.mark.parametrize("name", ["macs", "parameters"])
+def test_targets_in_range(name: str, value: float) -> None:
+    assert getattr(psap.Target(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize("value", [0, 0.0, 1.5, -0.1, math.nan, math.inf, -math.inf, 10**400])
+@pytest.mark.parametrize("name", ["macs", "parameters"])
+def test_targets_out_of_range(name: str, value: float) -> None:
+    with pytest.raises(psap.ArgumentError, match=rf"Target.{name} is .*\(0, 1\]") as info:
+        psap.Target(**{name: value})
+    assert isinstance(info.value, ValueError)
+
+
+@pytest.mark.parametrize("value", ["0.5", True, [0.5], 0.5j])
+def test_targets_of_the_wrong_type(value: Any) -> None:
+    with pytest.raises(psap.ArgumentTypeError, match="Target.macs is .*pass a number") as info:
+        psap.Target(macs=value)
+    assert isinstance(info.value, TypeError)
+
+
+def test_a_target_needs_a_bound() -> None:
+    with pytest.raises(psap.ArgumentError, match="no bound; pass macs=0.3"):
+        psap.Target()
+
+
+SHARES = ("sparsity_ema", "max_ratio", "restore_share", "gate_eps", "stream_factor")
+REALS = ("sparsity_alpha", "sparsity_power", "z_threshold", "restore_bonus")
+COUNTS = ("prune_steps", "interval", "window", "min_channels", "round_to")
+CHOICES = ("schedule", "adapt", "protect", "score")
+
+REFUSED: list[tuple[str, Any, type[Exception]]] = [
+    *[(n, v, psap.ArgumentError) for n in SHARES for v in (-0.1, 1.1, math.nan, math.inf)],
+    *[(n, v, psap.ArgumentError) for n in REALS for v in (-0.1, math.nan, math.inf)],
+    *[(n, v, psap.ArgumentTypeError) for n in SHARES + REALS for v in ("1", None, True)],
+    *[(n, v, psap.ArgumentError) for n in COUNTS for v in (0, -3)],
+    *[(n, v, psap.ArgumentTypeError) for n in (*COUNTS, "warmup") for v in (1.0, "1", True, None)],
+    ("warmup", -1, psap.ArgumentError),
+    *[(n, v, psap.ArgumentError) for n in CHOICES for v in ("x", None, "", ["l2"], 3)],
+    *[("target", v, psap.ArgumentTypeError) for v in (0.5, None, {"macs": 0.5})],
+    *[("verify", v, psap.ArgumentTypeError) for v in ("no", None, 1)],
+]
+
+
+@pytest.mark.parametrize(("name", "value", "error"), REFUSED)
+def test_values_that_are_refused(name: str, value: Any, error: type[Exception]) -> None:
+    """The message names the field, what it was, and what to pass."""
+    with pytest.raises(error, match=rf"Config.{name} is .*pass ") as info:
+        psap.Config(**{name: value})
+    assert repr(value) in str(info.value)
+    assert isinstance(info.value, psap.PsapError)
+
+
+@pytest.mark.parametrize("name", SHARES)
+def test_the_ends_of_the_ranges_are_allowed(name: str) -> None:
+    for value in (0, 0.0, 1, 1.0):
+        assert getattr(psap.Config(**{name: value}), name) == value
