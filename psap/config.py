@@ -16,7 +16,7 @@ Adapt = Literal["sparsity", "uniform"]
 def _real(owner: str, name: str, value: Any, low: float, high: float, wanted: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ArgumentTypeError(f"{owner}.{name} is {value!r}; pass a number {wanted}")
-    if not math.isfinite(value) or not low <= value <= high:
+    if not low <= value <= high:  # false for NaN, too
         raise ArgumentError(f"{owner}.{name} is {value!r}; pass a number {wanted}")
 
 
@@ -128,6 +128,8 @@ class Config:
             _real("Config", name, getattr(self, name), 0.0, 1.0, share)
         for name in ("sparsity_alpha", "sparsity_power", "z_threshold", "restore_bonus"):
             _real("Config", name, getattr(self, name), 0.0, 1e6, ">= 0")
+        if not isinstance(self.verify, bool):
+            raise ArgumentTypeError(f"Config.verify is {self.verify!r}; pass True or False")
         _choice("Config", "schedule", self.schedule, ("cubic", "linear"))
         _choice("Config", "adapt", self.adapt, ("sparsity", "uniform"))
         _choice("Config", "protect", self.protect, ("gate", "pulse", "none"))

@@ -71,13 +71,13 @@ def test_targets_out_of_range(name: str, value: float) -> None:
 
 @pytest.mark.parametrize("value", ["0.5", True, [0.5], 0.5j])
 def test_targets_of_the_wrong_type(value: Any) -> None:
-    with pytest.raises(psap.ArgumentTypeError, match="Target.macs is .*pass a number") as info:
+    with pytest.raises(psap.ArgumentTypeError, match=r"Target.macs is .*pass a number") as info:
         psap.Target(macs=value)
     assert isinstance(info.value, TypeError)
 
 
 def test_a_target_needs_a_bound() -> None:
-    with pytest.raises(psap.ArgumentError, match="no bound; pass macs=0.3"):
+    with pytest.raises(psap.ArgumentError, match=r"no bound; pass macs=0\.3"):
         psap.Target()
 
 

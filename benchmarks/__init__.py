@@ -1,0 +1,1 @@
+"""Benchmarks of psap: each verifies what it times first, and writes JSON lines."""

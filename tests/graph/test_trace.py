@@ -1,0 +1,246 @@
+"""Tracing leaves the model as it was, whatever happens, and refuses by name what it cannot do."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from nets import Net, assert_same, chain, conv, head, image, randomise, snapshot
+from torch import Tensor, nn
+from torch.nn import functional as F
+from zoo import CASES
+
+import psap
+from psap.graph.trace import untouched
+
+
+class Failing(nn.Module):
+    """Draws random numbers, changes a buffer, then raises; only in one of the modes if asked."""
+
+    def __init__(self, error: BaseException, training: bool | None = None) -> None:
+        super().__init__()
+        self.stem, self.bn, self.spare = conv(3, 8), nn.BatchNorm2d(8), conv(8, 8)
+        self.register_buffer("seen", torch.zeros(3))
+        self.error, self.when = error, training
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(self.stem(x)) + torch.rand(())
+        self.seen.add_(1)
+        self.eval()
+        if self.when in (None, self.training):
+            raise self.error
+        return x
+
+
+@pytest.mark.parametrize("name", ["residual", "auxiliary head", "weight norm", "in place"])
+@pytest.mark.parametrize("training", [False, True])
+def test_the_model_stays_as_it_was(name: str, training: bool) -> None:
+    model = randomise(CASES[name].make()).train(training)
+    next(model.children()).eval()
+    next(iter(model.parameters())).grad = torch.ones_like(next(iter(model.parameters())))
+    model.register_forward_hook(lambda *_: None)
+    before = snapshot(model)
+    psap.trace(model, CASES[name].inputs)
+    assert_same(before, snapshot(model))
+
+
+def test_statistics_of_train_mode_are_put_back() -> None:
+    model = randomise(CASES["auxiliary head"].make())
+    means = model.bn.running_mean.clone()  # type: ignore[union-attr,operator]
+    graph = psap.trace(model, image())
+    assert "aux" in {group.name for group in graph.groups}  # so train mode did run
+    assert torch.equal(model.bn.running_mean, means)  # type: ignore[union-attr,arg-type]
+
+
+def test_unchanged_buffers_are_not_written() -> None:
+    model = randomise(chain(8))
+    versions = [buffer._version for buffer in model.buffers()]
+    psap.trace(model, image())
+    assert [buffer._version for buffer in model.buffers()] == versions
+
+
+@pytest.mark.parametrize("when", [None, False])
+@pytest.mark.parametrize("error", [ValueError("broken"), KeyboardInterrupt(), SystemExit(3)])
+def test_a_failure_leaves_no_trace(error: BaseException, when: bool | None) -> None:
+    model = Failing(error, when).double().train()
+    before = snapshot(model)
+    expected = psap.TraceError if isinstance(error, Exception) else type(error)
+    with pytest.raises(expected):
+        psap.trace(model, image())
+    assert_same(before, snapshot(model))
+
+
+def test_the_error_of_the_model_is_named() -> None:
+    with pytest.raises(psap.TraceError, match=r"evaluation mode: ValueError: broken"):
+        psap.trace(Failing(ValueError("broken")).double(), image())
+
+
+def test_wrong_shape_and_wrong_dtype() -> None:
+    with pytest.raises(psap.TraceError, match=r"expected input.* to have 3 channels"):
+        psap.trace(chain(8), torch.zeros(1, 4, 8, 8))
+    with pytest.raises(psap.TraceError, match=r"Input type .* should be the same"):
+        psap.trace(chain(8), torch.zeros(1, 3, 8, 8, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "kind", "match"),
+    [
+        (None, torch.zeros(1), TypeError, "model is a NoneType; pass a torch.nn.Module"),
+        (chain, torch.zeros(1), TypeError, "model is a function"),
+        (nn.ReLU(), torch.zeros(1), ValueError, "no parameters"),
+        (nn.LazyConv2d(3, 3), torch.zeros(1, 3, 8, 8), ValueError, "not initialised"),
+        (chain(4), None, TypeError, "example_inputs is a NoneType"),
+        (chain(4), {"x": torch.zeros(1)}, TypeError, "example_inputs is a dict"),
+        (chain(4), (), ValueError, "holds no tensor"),
+        (chain(4), (3,), ValueError, "holds no tensor"),
+        (chain(4), torch.zeros(0, 3, 8, 8), ValueError, "empty tensor"),
+    ],
+)
+def test_bad_arguments(model: Any, inputs: Any, kind: type[Exception], match: str) -> None:
+    with pytest.raises(psap.PsapError, match=match) as caught:
+        psap.trace(model, inputs)
+    assert isinstance(caught.value, kind)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_a_scripted_model_is_refused() -> None:
+    scripted = torch.jit.trace(chain(4).eval(), torch.zeros(1, 3, 8, 8))
+    with pytest.raises(psap.ArgumentTypeError, match="ScriptModule"):
+        psap.trace(scripted, torch.zeros(1, 3, 8, 8))
+
+
+def test_two_devices_are_refused() -> None:
+    model = chain(4)
+    model[0].to("meta")
+    with pytest.raises(psap.ArgumentError, match=r"several devices \(cpu, meta\)"):
+        psap.trace(model, torch.zeros(1, 3, 8, 8))
+
+
+class Answer:
+    def __init__(self, logits: Tensor) -> None:
+        self.logits, self.note = logits, "a"
+
+
+@dataclass
+class Pair:
+    first: Tensor
+    rest: dict[str, Any]
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda x: Answer(x),
+        lambda x: {"a": [Answer(x)]},
+        lambda x: Pair(torch.zeros(2), {"x": (x, None)}),
+        lambda x: [[[x]]],
+    ],
+)
+def test_tensors_are_found_in_whatever_is_returned(wrap: Any) -> None:
+    net = Net(lambda m, x: wrap(m.b(F.relu(m.a(x)))), a=conv(3, 6), b=conv(6, 4))
+    graph = psap.trace(net.double(), image())
+    assert {group.name for group in graph.groups} == {"a"}
+    assert graph.left_alone == {"b": "output of the model"}
+
+
+@pytest.mark.parametrize("answer", [None, 3.0, "text", {}, object()])
+def test_a_model_that_returns_no_tensor_is_refused(answer: Any) -> None:
+    def body(m: Any, x: Tensor) -> Any:
+        m.a(x)
+        return answer
+
+    with pytest.raises(psap.TraceError, match="without any tensor in it"):
+        psap.trace(Net(body, a=conv(3, 6)).double(), image())
+
+
+def test_a_compiled_model_is_looked_through() -> None:
+    model = randomise(chain(8, 6))
+    compiled = torch.compile(model, backend="eager")
+    graph = psap.trace(compiled, image())
+    assert graph.model is model
+    plan = psap.plan(graph, ratio=0.5)
+    assert psap.apply(compiled, plan).model.state_dict().keys() == model.state_dict().keys()
+
+
+def test_a_compiled_part_is_traced_eagerly() -> None:
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("compiled while tracing")
+
+    inner = torch.compile(nn.Sequential(conv(3, 8), nn.ReLU()), backend=refuse)
+    model = randomise(nn.Sequential(inner, conv(8, 6), head(6)))
+    graph = psap.trace(model, image())
+    assert [group.size for group in graph.groups] == [8, 6]
+
+
+def test_data_parallel_wrapper() -> None:
+    model = randomise(nn.Sequential(chain(8, 6)))
+    assert {g.name for g in psap.trace(model, image()).groups} == {"0.0", "0.3"}
+
+
+def test_a_batch_of_one_with_an_auxiliary_head() -> None:
+    model = randomise(CASES["auxiliary head"].make())
+    model.aux = nn.Sequential(  # batch norm over one value per channel needs two samples
+        nn.AdaptiveAvgPool2d(1), conv(8, 4, 1), nn.BatchNorm2d(4)
+    ).double()
+    graph = psap.trace(model, image(1, 3, 8, 8))
+    assert {group.name: group.size for group in graph.groups} == {"stem": 8, "last": 6, "aux.1": 4}
+
+
+def test_dropout_before_an_auxiliary_head_freezes_nothing() -> None:
+    model = randomise(CASES["auxiliary head"].make())
+    model.drop = nn.Dropout(0.5)
+    graph = psap.trace(model, image())
+    assert {group.name: group.size for group in graph.groups} == {"stem": 8, "last": 6, "aux": 4}
+
+
+def test_a_head_of_train_mode_costs_no_macs() -> None:
+    model = randomise(CASES["auxiliary head"].make())
+    plan = psap.plan(psap.trace(model, image()), ratio=0.5)
+    assert plan.before.macs == 64 * 9 * (3 * 8 + 8 * 6) + 6 * 5
+    assert plan.before.parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_unused_layers_are_reported() -> None:
+    model = randomise(Net(lambda m, x: m.used(x), used=chain(8), unused=conv(3, 5)))
+    graph = psap.trace(model, image())
+    assert graph.left_alone["unused"] == "not used in forward"
+
+
+def test_unknown_ops_are_counted() -> None:
+    graph = psap.trace(randomise(CASES["unknown op"].make()), image())
+    assert graph.unknown_ops == {"aten.cumsum": 1}
+    assert repr(graph) == "Graph(Net: 2 groups, 14 channels, 2 layers left alone)"
+
+
+def test_repeated_traces_are_the_same() -> None:
+    model = randomise(CASES["dense block"].make())
+    one, two = psap.trace(model, image()), psap.trace(model, image(seed=5))
+    assert one.groups == two.groups and one.left_alone == two.left_alone
+
+
+def test_grad_mode_and_random_state_are_put_back() -> None:
+    model = chain(4).train()
+    with pytest.raises(ZeroDivisionError), untouched(model):
+        torch.rand(3)
+        model.eval()
+        assert not torch.is_grad_enabled()
+        raise ZeroDivisionError
+    assert model.training and torch.is_grad_enabled()
+
+
+def test_tracing_does_not_import_the_compiler() -> None:
+    code = (
+        "import sys, torch, psap\n"
+        "from torch import nn\n"
+        "net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))\n"
+        "graph = psap.trace(net, torch.zeros(1, 3, 8, 8))\n"
+        "result = psap.apply(net, psap.plan(graph, ratio=0.5))\n"
+        "assert result.model[0].out_channels == 2\n"
+        "print([m for m in ('torch._dynamo', 'torch._inductor', 'onnx') if m in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.stdout.strip(), done.stderr) == ("[]", ""), done.stderr
