@@ -142,7 +142,7 @@ def measured(
     for name, pair in (("PyTorch", (dense, small)), ("ONNX Runtime", onnx)):
         times = measure.compare_latency(*pair, images[:1])
         cells = (f"{side.median_ms:.3f} ms" for side in (times.a, times.b))
-        table.add_row(f"latency, {name}, batch 1", *cells, f"{times.ratio:.2f}x faster")
+        table.add_row(f"latency, {name}, batch 1", *cells, record.speed(times.ratio))
     return figures, table
 
 

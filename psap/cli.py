@@ -52,7 +52,7 @@ def prune(run: RunOptions, *, resume: bool = False) -> int:
             print(f"interrupted; go on with: psap {shlex.join(again)}", file=sys.stderr)
         raise
     console.print(record.summary(found))
-    console.print(f"everything is in {escape(run.out)}; open {escape(run.out)}/report.html")
+    print(f"everything is in {run.out}; open {Path(run.out) / 'report.html'}")
     return 0
 
 

@@ -6,6 +6,7 @@ Nothing of psap is inside the files: a small network is an ordinary network.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import warnings
 from collections.abc import Iterator
@@ -130,6 +131,8 @@ def export_onnx(
                 torch.onnx.export(
                     exported, f=str(temporary), dynamo=True, verbose=False, external_data=False
                 )
+        except OSError:  # no space: `replacing` says so
+            raise
         except Exception as error:
             raise PsapError(f"ONNX export failed: {type(error).__name__}: {error}") from error
         if not check:
@@ -177,8 +180,10 @@ def export_pt2(
     inputs = _inputs(model, example_inputs, dynamic_batch)
     exported = _program(module, inputs, dynamic_batch)
     with replacing(path) as temporary:
-        with temporary.open("wb") as opened:
-            torch.export.save(exported, opened)
+        buffer = io.BytesIO()  # torch.export.save ends the process if it cannot write to a file
+        with _quiet():  # it warns of channels_last weights
+            torch.export.save(exported, buffer)
+        temporary.write_bytes(buffer.getbuffer())
         if not check:
             return None
         with _quiet(), temporary.open("rb") as opened, torch.no_grad():

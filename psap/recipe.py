@@ -43,9 +43,9 @@ def replacing(path: Path_) -> Iterator[Path]:
         FileError: the file cannot be written.
     """
     target = _checked(path)
-    if target.exists() and not target.is_file():
-        raise FileError(f"cannot write {target}: it is no regular file; choose another path")
     try:
+        if target.exists() and not target.is_file():
+            raise FileError(f"cannot write {target}: it is no regular file; choose another path")
         handle, name = tempfile.mkstemp(prefix=f".{target.name[:100]}.", dir=target.parent)
         os.close(handle)
     except OSError as error:
@@ -79,10 +79,10 @@ def _checked(path: Any) -> Path:
     """
     if not isinstance(path, (str, os.PathLike)):
         raise ArgumentTypeError(f"path is a {type(path).__name__}; pass a str or a pathlib.Path")
-    try:
-        return Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
-    except ValueError as error:  # a null character
-        raise FileError(f"{path!r} is no path: {error}") from error
+    found = Path(path)
+    if "\0" in str(found):
+        raise FileError(f"{str(found)!r} is no path: it holds a null character")
+    return Path(os.path.realpath(found)) if os.path.islink(found) else found
 
 
 def _umask() -> int:
@@ -125,7 +125,7 @@ def _read(path: Path_, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         FileError: there is no such file, or it is no file of ours.
     """
     source = _checked(path)
-    if not source.is_file():
+    if not os.path.isfile(source):
         raise FileError(f"{source} does not exist; pass the path of a {what}")
     try:
         with safetensors.safe_open(source, framework="pt") as opened:

@@ -188,8 +188,13 @@ def summary(found: Mapping[str, Any]) -> Table:
         if dense[key] and small[key]:
             a, b = dense[key]["median"], small[key]["median"]
             label = f"latency, {name}, batch {batch}"
-            table.add_row(label, f"{a:.2f} ms", f"{b:.2f} ms", f"{a / b:.2f}x faster")
+            table.add_row(label, f"{a:.2f} ms", f"{b:.2f} ms", speed(a / b))
     return table
+
+
+def speed(ratio: float) -> str:
+    """A ratio of latencies, dense over small, in words."""
+    return f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x slower"
 
 
 def _change(key: str, dense: float | None, small: float | None) -> str:

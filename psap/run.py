@@ -256,6 +256,23 @@ class Run:
         write_tree(self.folder / CHECKPOINT, tree)
 
     def _restore(self, tree: Mapping[str, Any]) -> None:
+        """Go on where the checkpoint was written.
+
+        Raises:
+            PsapError: it does not fit the model, whose code may have changed.
+        """
+        try:
+            self._load(tree)
+        except PsapError:
+            raise
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise StateError(
+                f"{self.folder / CHECKPOINT} does not fit {self.config.arch}: {reason}; resume with "
+                "the code that the run was started with"
+            ) from error
+
+    def _load(self, tree: Mapping[str, Any]) -> None:
         if tree["plan"] is not None:
             plan = Plan.from_json(tree["plan"])
             result = apply(

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import psap
+from psap import record
 from psap.cli import main
 from psap.models import digits_resnet
 
@@ -188,6 +189,10 @@ def test_prune_refuses_to_resume_with_other_settings(
         f"{run / 'checkpoint.safetensors'} belongs to a run with other settings: seed was 0 and is "
         "7; resume with the same ones"
     )
+
+
+def test_speed_is_said_in_words() -> None:
+    assert (record.speed(2.0), record.speed(0.8)) == ("2.00x faster", "1.25x slower")
 
 
 def test_usage(capsys: pytest.CaptureFixture[str]) -> None:

@@ -269,6 +269,14 @@ def test_refuses_to_resume_with_other_settings(finished: Path) -> None:
         train(settings(finished, lr=0.1), resume=True)
 
 
+def test_refuses_to_resume_with_other_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(settings(tmp_path), listener=Interrupts(3, politely=True))
+    monkeypatch.setattr(sys.modules[__name__], "Tiny", padded)
+    with pytest.raises(StateError, match=r"does not fit test_run:Tiny: .*resume with the code"):
+        train(settings(tmp_path), resume=True)
+
+
 def test_refuses_to_resume_nothing(tmp_path: Path) -> None:
     with pytest.raises(FileError, match=r"does not exist, so there is no run to resume"):
         train(settings(tmp_path), resume=True)

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from psap.errors import ArgumentError, ArgumentTypeError, TraceError
@@ -322,19 +322,19 @@ def check_model(model: Any) -> nn.Module:
 
 @contextmanager
 def _named_modules(tracer: Tracer, model: nn.Module) -> Iterator[None]:
-    names = {id(module): name for name, module in model.named_modules()}
-
-    def before(module: nn.Module, _: Any) -> None:
-        tracer.enter(names.get(id(module), ""))
-
-    def after(_: nn.Module, __: Any, ___: Any) -> None:
-        tracer.leave()
-
-    handles = [
-        nn_module.register_module_forward_pre_hook(before),
-        nn_module.register_module_forward_hook(after, always_call=True),
-    ]
+    """Tell the tracer which module runs."""
+    handles: list[RemovableHandle] = []
     try:
+        for name, module in model.named_modules():
+
+            def before(_: nn.Module, __: Any, name: str = name) -> None:
+                tracer.enter(name)
+
+            def after(_: nn.Module, __: Any, ___: Any) -> None:
+                tracer.leave()
+
+            handles.append(module.register_forward_pre_hook(before))
+            handles.append(module.register_forward_hook(after, always_call=True))
         yield
     finally:
         for handle in handles:
