@@ -55,8 +55,10 @@ def shrink_state(
     single numbers (step counts) are copied.
 
     Raises:
-        PsapError: a state tensor has another shape, so that nobody knows what belongs to a channel.
+        PsapError: a state tensor has another shape, so that nobody knows what belongs to a channel,
+            or the optimizer keeps tensors that no parameter owns.
     """
+    _own_attributes(optimizer)
     result: dict[str, Any] = {}
     for parameter, state in optimizer.state.items():
         name = names[id(parameter)]
@@ -99,8 +101,7 @@ def rebuild(
         state: what `shrink_state` returned.
 
     Raises:
-        PsapError: the optimizer keeps tensors that no parameter owns, or trains a parameter that
-            the small model does not have.
+        PsapError: the optimizer trains a parameter that the small model does not have.
     """
     small = dict(model.named_parameters(remove_duplicate=False))
     lost = [name for name in names.values() if name not in small]

@@ -96,29 +96,41 @@ def _traced(model: nn.Module) -> fx.GraphModule:
     Raises:
         VerificationError: torch.fx cannot trace it, or it does different things in the two modes.
     """
-    known = set(vars(model))
     try:
         with untouched(model):
-            trained = fx.symbolic_trace(model.train())
-            dense = fx.symbolic_trace(model.eval())
+            trained = _symbolic(model.train())
+            dense = _symbolic(model.eval())
     except Exception as error:
         raise VerificationError(
             f"torch.fx cannot trace {type(model).__name__}: {type(error).__name__}: {error}"
         ) from error
-    finally:
-        for name in set(vars(model)) - known:  # constants that torch.fx hangs on the model
-            delattr(model, name)
     pairs = list(zip(dense.graph.nodes, trained.graph.nodes, strict=False))
     same = len(dense.graph.nodes) == len(trained.graph.nodes)
     for node, other in pairs:
         if same and str((node.args, node.kwargs)) != str((other.args, other.kwargs)):
             same = _as_module(dense, node, other)
-        same = same and node.op == other.op
+        same = same and (node.op, node.target) == (other.op, other.target)
+    constants = [dict(program.named_buffers(recurse=False)) for program in (dense, trained)]
+    same = same and all(
+        name in constants[1] and torch.equal(value, constants[1][name])
+        for name, value in constants[0].items()
+        if name.startswith("_tensor_constant")
+    )
     if not same:
         raise VerificationError(
             f"forward() of {type(model).__name__} does different things in train and in eval mode"
         )
     return dense
+
+
+def _symbolic(model: nn.Module) -> fx.GraphModule:
+    """Trace, and take down the constants that torch.fx hangs on the model."""
+    known = set(vars(model))
+    try:
+        return fx.symbolic_trace(model)
+    finally:
+        for name in set(vars(model)) - known:
+            delattr(model, name)
 
 
 def _as_module(dense: fx.GraphModule, node: fx.Node, trained: fx.Node) -> bool:
@@ -130,7 +142,8 @@ def _as_module(dense: fx.GraphModule, node: fx.Node, trained: fx.Node) -> bool:
     p = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
     name = f"psap_{node.name}"
     dense.add_submodule(name, kind(p))  # type: ignore[arg-type]
-    node.op, node.target, trained.op = "call_module", name, "call_module"
+    node.op = trained.op = "call_module"
+    node.target = trained.target = name
     node.args, node.kwargs = node.args[:1], {}
     return True
 
@@ -200,12 +213,15 @@ def _rewrite(node: fx.Node, twin: fx.Node, recorder: _Recorder, alive: Ints) -> 
     source = node.args[0]
     if not isinstance(source, fx.Node):
         return
-    stays, before = _stays(node, recorder, alive), _stays(source, recorder, alive)
-    if name in ("view", "reshape", "flatten", "expand") and stays is not None:
-        _sizes(node, twin, recorder, stays)
-    elif name == "pad" and stays is not None:
-        _pad(twin, recorder.values[source], recorder.values[node], stays)
-    elif node.target is operator.getitem and before is not None:
+    if name in ("view", "reshape", "flatten", "expand", "pad"):
+        stays = _stays(node, recorder, alive)
+        if stays is not None and name == "pad":
+            _pad(twin, recorder.values[source], recorder.values[node], stays)
+        elif stays is not None:
+            _sizes(node, twin, recorder, stays)
+        return
+    before = _stays(source, recorder, alive)
+    if node.target is operator.getitem and before is not None:
         _slices(twin, node.args[1], recorder.values[source], before)
     elif name in ("split", "chunk", "tensor_split") and before is not None:
         _split(node, twin, recorder.values[source], recorder.values[node], before)
@@ -217,6 +233,8 @@ def _sizes(node: fx.Node, twin: fx.Node, recorder: _Recorder, stays: Stays) -> N
     if node.target in (torch.flatten,) or node.target == "flatten":
         return
     packed = len(node.args) == 2 and isinstance(node.args[1], (tuple, list))
+    if len(node.args) == 2 and isinstance(recorder.values.get(node.args[1]), torch.Size):  # type: ignore[call-overload]
+        return  # the shape of another tensor, which is right if that is
     sizes: Any = node.args[1] if packed else node.args[1:]
     shape = recorder.values[node]
     new = [

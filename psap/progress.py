@@ -141,13 +141,13 @@ class Stop:
         os.write(2, b"\nstopping after this step; press Ctrl-C again to stop at once\n")
 
     def check(self) -> None:
-        """End the run if it was asked for.
+        """End the run, whose checkpoint is written, if that was asked for.
 
         Raises:
             KeyboardInterrupt: it was.
         """
         if self.requested:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("stopped on request; the checkpoint is written")
 
     def release(self) -> None:
         """Ctrl-C interrupts again."""

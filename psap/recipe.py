@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -43,22 +43,14 @@ def replacing(path: Path_) -> Iterator[Path]:
         FileError: the file cannot be written.
     """
     target = _checked(path)
+    # Named before it is made: there is no moment at which an interrupt could leave it behind.
+    temporary = target.parent / f".{target.name[:40]}.{secrets.token_hex(8)}"
     try:
-        if target.exists() and not target.is_file():
-            raise FileError(f"cannot write {target}: it is no regular file; choose another path")
-        handle, name = tempfile.mkstemp(prefix=f".{target.name[:100]}.", dir=target.parent)
-        os.close(handle)
-    except OSError as error:
-        raise FileError(
-            f"cannot write {target}: {error.strerror}; choose a folder that exists and is writable"
-        ) from error
-    temporary = Path(name)
-    try:
+        mode = _create(target, temporary)
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
-        mode = target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask()
-        temporary.chmod(mode)
+        temporary.chmod(mode)  # save_file makes its own
         temporary.replace(target)
     except (OSError, safetensors.SafetensorError) as error:
         raise FileError(
@@ -68,6 +60,21 @@ def replacing(path: Path_) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _create(target: Path, temporary: Path) -> int:
+    """Make an empty file; return the permissions that the finished one shall have."""
+    try:
+        if target.exists() and not target.is_file():
+            raise FileError(f"cannot write {target}: it is no regular file; choose another path")
+        handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        made = target if target.exists() else temporary  # the system applied the umask
+        os.close(handle)
+        return made.stat().st_mode & 0o777
+    except OSError as error:
+        raise FileError(
+            f"cannot write {target}: {error.strerror}; choose a folder that exists and is writable"
+        ) from error
 
 
 def _checked(path: Any) -> Path:
@@ -83,12 +90,6 @@ def _checked(path: Any) -> Path:
     if "\0" in str(found):
         raise FileError(f"{str(found)!r} is no path: it holds a null character")
     return Path(os.path.realpath(found)) if os.path.islink(found) else found
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def atomic_write(path: Path_, data: str | bytes) -> None:

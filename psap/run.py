@@ -160,7 +160,7 @@ class Run:
             listener.step(self.epoch, phase, self.batch, total)
             if stop.requested:
                 self.save()
-                raise KeyboardInterrupt
+                stop.check()
         entry = self._close_epoch(phase)
         entry["seconds"] = round(time.monotonic() - began, 3)
         self.history.append(entry)
@@ -268,8 +268,8 @@ class Run:
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise StateError(
-                f"{self.folder / CHECKPOINT} does not fit {self.config.arch}: {reason}; resume with "
-                "the code that the run was started with"
+                f"{self.folder / CHECKPOINT} does not fit {self.config.arch}: {reason}; resume "
+                "with the code that the run was started with"
             ) from error
 
     def _load(self, tree: Mapping[str, Any]) -> None:

@@ -254,8 +254,22 @@ def _first_difference(
         other = got.get(name)
         if other is None:
             return f"; it stops at {name}"
-        if name in kept and output.dim() > 1 and output.shape[1] != other.shape[1]:
-            output = output.index_select(1, torch.tensor(kept[name], device=output.device))
+        output = _kept_part(output, other, kept.get(name, ()))
+        own = next(masked.get_submodule(name).parameters(recurse=False), None)
+        if output.shape != other.shape and own is None:
+            continue  # nobody knows which of its channels stay
         if output.shape != other.shape or not _relative_error([output], [other]) <= TOLERANCE:
             return f"; the first layer that differs is {name}"
     return "; the difference comes after the last layer"
+
+
+def _kept_part(output: Tensor, other: Tensor, kept: tuple[int, ...]) -> Tensor:
+    """The kept channels of a layer's output, in the one dimension that became smaller."""
+    sizes = list(zip(output.shape, other.shape, strict=False))
+    smaller = [dim for dim, (a, b) in enumerate(sizes) if a != b]
+    if not kept or len(smaller) != 1 or output.dim() != other.dim():
+        return output
+    dim = smaller[0]
+    if other.shape[dim] != len(kept) or output.shape[dim] <= kept[-1]:
+        return output
+    return output.index_select(dim, torch.tensor(kept, device=output.device))

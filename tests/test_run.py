@@ -71,7 +71,7 @@ class Interrupts:
         self.left -= 1
         if self.left == 0:
             if not self.politely:
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt("at once")
             signal.raise_signal(signal.SIGINT)
 
     def epoch(self, entry: object) -> None:
@@ -134,7 +134,8 @@ def test_writes_everything(finished: Path) -> None:
 def test_resumes_bit_exactly(
     step: int, politely: bool, finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(KeyboardInterrupt):
+    message = "^stopped on request; the checkpoint is written$" if politely else "^at once$"
+    with pytest.raises(KeyboardInterrupt, match=message):
         train(settings(tmp_path), listener=Interrupts(step, politely=politely))
     assert ("stopping after this step" in capfd.readouterr().err) == politely
     assert not (tmp_path / "small.safetensors").exists()
@@ -146,7 +147,7 @@ def test_resumes_bit_exactly(
 
 def test_resumes_bit_exactly_twice_and_after_the_end(finished: Path, tmp_path: Path) -> None:
     for step, resume in ((9, False), (5, True), (8, True)):
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt, match="stopped on request"):
             train(settings(tmp_path), resume=resume, listener=Interrupts(step, politely=True))
     train(settings(tmp_path), resume=True)
     same_weights(finished, tmp_path)
@@ -159,7 +160,7 @@ def test_resumes_bit_exactly_twice_and_after_the_end(finished: Path, tmp_path: P
 @pytest.mark.parametrize("protect", ["gate", "none"])
 def test_resumes_bit_exactly_with_any_protection(protect: str, tmp_path: Path) -> None:
     train(settings(tmp_path / "a", protect=protect))
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="stopped on request"):
         train(settings(tmp_path / "b", protect=protect), listener=Interrupts(15, politely=True))
     train(settings(tmp_path / "b", protect=protect), resume=True)
     same_weights(tmp_path / "a", tmp_path / "b")
@@ -189,7 +190,7 @@ def test_resumes_bit_exactly_after_kill(finished: Path, tmp_path: Path) -> None:
 def test_graph_mode_resumes_bit_exactly(tmp_path: Path) -> None:
     options = {"arch": "test_run:padded", "target_macs": 0.3}
     train(settings(tmp_path / "a", **options))
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="stopped on request"):
         train(settings(tmp_path / "b", **options), listener=Interrupts(14, politely=True))
     train(settings(tmp_path / "b", **options), resume=True)
     same_weights(tmp_path / "a", tmp_path / "b")
@@ -270,7 +271,7 @@ def test_refuses_to_resume_with_other_settings(finished: Path) -> None:
 
 
 def test_refuses_to_resume_with_other_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="stopped on request"):
         train(settings(tmp_path), listener=Interrupts(3, politely=True))
     monkeypatch.setattr(sys.modules[__name__], "Tiny", padded)
     with pytest.raises(StateError, match=r"does not fit test_run:Tiny: .*resume with the code"):

@@ -1,0 +1,213 @@
+"""Graph mode: the option-A ResNets, fixed sizes of every kind, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from nets import Net, assert_exact, assert_same, conv, head, image, randomise, snapshot
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from zoo import CASES, _block
+
+import psap
+from psap.models import resnet20
+from psap.program import program
+
+
+def _apply(model: nn.Module, mode: Any = "auto", ratio: float = 0.5) -> psap.Result:
+    return psap.apply(model, psap.plan(psap.trace(model, image()), ratio=ratio), mode=mode)
+
+
+@pytest.mark.parametrize("source", ["fresh", "trained"])
+def test_resnet20_with_padded_shortcuts(source: str, request: pytest.FixtureRequest) -> None:
+    model = resnet20(num_classes=10)
+    if source == "trained":
+        folder: Path = request.getfixturevalue("data_dir")
+        model.load_state_dict(load_file(folder / "cifar-resnets" / "resnet20.safetensors"))
+        model.double()
+    else:
+        randomise(model)
+    inputs = (image(2, 3, 16, 16),)
+    graph = psap.trace(model, inputs)
+    sizes = {group.name: group.size for group in graph.groups}
+    blocks = {f"layer{s}.{b}.conv1": 8 * 2**s for s in (1, 2, 3) for b in range(3)}
+    assert {name: size for name, size in sizes.items() if name in blocks} == blocks
+    # a channel of stage 3 that the shortcuts carry is one of stage 1, padded twice
+    assert {n: s for n, s in sizes.items() if n not in blocks} == {
+        "conv1": 16, "layer2.0.conv2": 16, "layer3.0.conv2": 32
+    }  # fmt: skip
+    assert graph.left_alone == {"linear": "output of the model"}
+    plan = psap.plan(graph, ratio=0.5)
+    result = psap.apply(model, plan)
+    assert result.mode == "graph"
+    assert isinstance(result.model, torch.fx.GraphModule)
+    assert result.report["verification"]["max_relative_error"] < 1e-9
+    assert_exact(model, plan, result.model, inputs)
+    assert list(result.model.state_dict()) == list(model.state_dict())
+    with pytest.raises(
+        psap.VerificationError, match="module mode: the small network fails in eval"
+    ):
+        psap.apply(model, plan, mode="module")
+
+
+def test_a_program_trains_and_keeps_its_optimizer() -> None:
+    model = randomise(resnet20(num_classes=4)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    inputs = image(4, 3, 8, 8)
+    model(inputs).square().mean().backward()
+    optimizer.step()
+    plan = psap.plan(psap.trace(model, inputs), target=psap.Target(macs=0.4))
+    result = psap.apply(model, plan, optimizer=optimizer)
+    small, fresh = result.model, result.optimizer
+    assert result.mode == "graph" and small.training and fresh is not None
+    assert len(fresh.state) == len(optimizer.state)
+    losses = []
+    for _ in range(6):
+        fresh.zero_grad()
+        loss = F.cross_entropy(small(inputs), torch.arange(4))
+        loss.backward()
+        fresh.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_functional_dropout_knows_its_mode() -> None:
+    def body(m: Any, x: Tensor) -> Tensor:
+        x = F.dropout(m.one(x).view(-1, 8, 8, 8), 0.5, training=m.training)
+        return F.dropout2d(x, p=0.25, training=m.training)
+
+    model = randomise(_block(8, body, one=conv(8, 8))).eval()
+    small = _apply(model).model
+    assert isinstance(small, torch.fx.GraphModule)
+    assert {k: v.p for k, v in small.named_children() if k.startswith("psap_")} == {
+        "psap_dropout": 0.5,
+        "psap_dropout2d": 0.25,
+    }
+    x = image()
+    assert torch.equal(small(x), small(x))
+    small.train()
+    assert not torch.equal(small(x), small(x))
+    small.eval()
+    assert torch.equal(small(x), small(x))
+    assert small.state_dict().keys() == model.state_dict().keys()
+
+
+FIXED: dict[str, Any] = {
+    "view, packed": lambda m, x: m.one(x).view((-1, 8, 64)).view(-1, 8, 8, 8),
+    "reshape of an image": lambda m, x: m.one(x).reshape(x.shape[0], 8, 64).reshape(x.shape),
+    "expand": lambda m, x: m.one(x) * x.mean((2, 3), keepdim=True).expand(-1, 8, 8, 8),
+    "stride": lambda m, x: torch.cat([m.one(x)[:, ::2], x[:, 1::2]], 1),
+    "ellipsis": lambda m, x: torch.cat([m.one(x)[:, :3, ...], x[:, 3:]], 1),
+    "negative": lambda m, x: torch.cat([m.one(x)[:, :-2], x[:, -2:]], 1),
+    "split by size": lambda m, x: torch.cat(m.one(x).split(3, 1)[::-1], 1),
+    "split by function": lambda m, x: torch.cat(torch.split(m.one(x), [5, 3], dim=1)[::-1], 1),
+    "chunk": lambda m, x: torch.cat(m.one(x).chunk(3, dim=1)[::-1], 1),
+    "tensor_split": lambda m, x: torch.cat(torch.tensor_split(m.one(x), 3, dim=1)[::-1], 1),
+    "select": lambda m, x: m.one(x) * m.one(x)[:, 5].unsqueeze(1) + x,
+    "pad, keyword": lambda m, x: F.pad(m.one(x)[:, :4], pad=(0, 0, 0, 0, 1, 3)) + x,
+    "pad, all sides": lambda m, x: F.max_pool2d(
+        F.pad(m.one(x)[:, 2:], (1, 1, 1, 1, 2, 0)), 3, 1
+    ) + x,
+    "shuffle": lambda m, x: m.one(x).view(-1, 2, 4, 8, 8).transpose(1, 2).reshape(-1, 8, 8, 8),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FIXED)
+@pytest.mark.parametrize("ratio", [0.3, 0.5, 0.7])
+def test_fixed_sizes_are_rewritten(name: str, ratio: float) -> None:
+    model = randomise(_block(8, FIXED[name], one=conv(8, 8)))
+    plan = psap.plan(psap.trace(model, image()), ratio=ratio, score="random", seed=3)
+    assert any(side.name == "one.weight" for side in plan.sides)
+    result = psap.apply(model, plan, mode="graph")
+    assert result.mode == "graph"
+    assert_exact(model, plan, result.model, (image(),))
+
+
+@pytest.mark.parametrize(
+    ("body", "match"),
+    [
+        (lambda m, x: m.one(x).view(-1, 8, 8, 8) if x.sum() > 0 else x, "torch.fx"),
+        (lambda m, x: m.one(x).view(x.shape) + (m.training and x), "different things"),
+        (lambda m, x: m.one(x) * torch.tensor(2.0 if m.training else 1.0), "different things"),
+        (lambda m, x: m.one(x).narrow(1, 0, 4).repeat(1, 2, 1, 1), "narrow at narrow"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_rewritten_is_refused(body: Any, match: str) -> None:
+    model = randomise(_block(8, body, one=conv(8, 8)))
+    before = snapshot(model)
+    with pytest.raises(psap.VerificationError, match=f"graph mode: .*{match}"):
+        _apply(model, "graph")
+    assert_same(before, snapshot(model))
+
+
+def test_constants_of_forward_are_not_hung_on_the_model() -> None:
+    def body(m: Any, x: Tensor) -> Tensor:
+        return m.one(x).view(-1, 8, 8, 8) * torch.tensor(0.5)
+
+    model = randomise(_block(8, body, one=conv(8, 8)))
+    names = set(vars(model))
+    result = _apply(model, "graph")
+    assert set(vars(model)) == names
+    assert result.model.state_dict().keys() == model.state_dict().keys()
+
+
+def test_train_flags_and_unused_layers_are_kept() -> None:
+    model = randomise(
+        _block(8, FIXED["view, packed"], one=conv(8, 8), unused=nn.Linear(2, 2))
+    ).train()
+    model.bn.eval()  # type: ignore[union-attr,operator]
+    model.one.weight.requires_grad_(True)
+    model.unused.weight.requires_grad_(False)  # type: ignore[union-attr]
+    small = _apply(model, "graph").model
+    dense = dict(model.named_modules())
+    for name, module in small.named_modules():
+        assert module.training == dense[name].training, name
+    assert not small.unused.weight.requires_grad
+    assert list(small.state_dict()) == list(model.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    plan = psap.plan(psap.trace(model, image()), ratio=0.5)
+    assert psap.apply(model, plan, optimizer=optimizer, mode="graph").optimizer is not None
+
+
+def test_a_parameter_of_two_modules_in_a_program() -> None:
+    a, b = conv(8, 8, bias=False), conv(8, 8, bias=False)
+    b.weight = a.weight
+    model = randomise(_block(8, lambda m, x: m.a(m.b(x).view(-1, 8, 8, 8)), a=a, b=b))
+    plan = psap.plan(psap.trace(model, image()), ratio=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(image()).sum().backward()
+    optimizer.step()
+    result = psap.apply(model, plan, optimizer=optimizer, mode="graph")
+    assert_exact(model, plan, result.model, (image(),))
+    assert result.model.a.weight is result.model.b.weight
+
+
+def test_module_mode_is_taken_where_it_holds() -> None:
+    model = randomise(CASES["residual"].make())
+    assert _apply(model).mode == "module"
+    assert _apply(model, "graph").mode == "graph"
+
+
+def test_several_inputs_and_outputs_in_a_program() -> None:
+    case = CASES["two inputs, dict output"]
+    model = randomise(case.make())
+    plan = psap.plan(psap.trace(model, case.inputs), ratio=0.5)
+    small = psap.apply(model, plan, mode="graph").model
+    out = small(*case.inputs)
+    assert out.keys() == {"logits", "maps"}
+    assert_exact(model, plan, small, case.inputs)
+
+
+def test_the_program_can_be_built_directly() -> None:
+    from psap.shrink import small_copy
+
+    net = Net(lambda m, x: m.head(F.relu(m.a(x)).view(-1, 6, 8, 8)), a=conv(3, 6), head=head(6))
+    model = randomise(net)
+    plan = psap.plan(psap.trace(model, image()), ratio=0.5)
+    small = program(model, plan, (image(),), small_copy)
+    assert "view(-1, 3, 8, 8)" in small.code
+    assert_exact(model, plan, small, (image(),))

@@ -1,0 +1,130 @@
+"""From sparsity ratios to widths: the budget, the floors, and the order of who is pruned."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from psap import schedule
+from psap.schedule import Limits
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, list[Limits], np.ndarray, float]:
+    count = draw(st.integers(1, 6))
+    numbers = st.floats(0, 1, allow_subnormal=False)
+    sparsity = np.array(draw(st.lists(numbers, min_size=count, max_size=count)))
+    factors = np.array(draw(st.lists(st.floats(0.1, 1), min_size=count, max_size=count)))
+    sizes = draw(st.lists(st.integers(1, 40), min_size=count, max_size=count))
+    bounds = schedule.limits(
+        sizes,
+        draw(st.floats(0.1, 1)),
+        draw(st.integers(1, 8)),
+        draw(st.sampled_from([1, 2, 4, 8])),
+    )
+    prices = np.array(draw(st.lists(st.integers(1, 20), min_size=count, max_size=count)))
+    return sparsity, factors, bounds, prices, draw(st.floats(0.01, 1.1))
+
+
+@given(problems(), st.sampled_from([0.5, 1.0, 2.0]))
+def test_budget_floors_and_quanta(problem, power: float) -> None:  # type: ignore[no-untyped-def]
+    sparsity, factors, bounds, prices, share = problem
+    sizes = np.array([b.size for b in bounds])
+    budget = share * float(prices @ sizes)
+
+    def fits(widths: np.ndarray) -> bool:
+        return float(prices @ widths) <= budget
+
+    widths = schedule.solve(sparsity, factors, power, bounds, fits)
+    floors = np.array([b.nearest(b.floor) for b in bounds])
+    assert widths.dtype == np.int64
+    assert (widths >= floors).all() and (widths <= sizes).all()
+    for width, bound in zip(widths, bounds, strict=True):
+        assert width % bound.quantum == 0 or width == bound.size
+        assert width >= bound.floor
+    if fits(floors):
+        assert fits(widths)
+        for index, bound in enumerate(bounds):  # nothing more would fit
+            larger = widths.copy()
+            larger[index] = bound.above(int(widths[index]))
+            assert larger[index] == widths[index] or not fits(larger)
+    else:
+        assert (widths == floors).all()
+
+
+@given(problems())
+def test_everything_stays_if_it_fits(problem) -> None:  # type: ignore[no-untyped-def]
+    sparsity, factors, bounds, _, _ = problem
+    widths = schedule.solve(sparsity, factors, 1.0, bounds, lambda _: True)
+    assert widths.tolist() == [b.size for b in bounds]
+
+
+def test_the_sparser_group_loses_more() -> None:
+    bounds = schedule.limits([100, 100, 100], 1.0, 1, 1)
+    widths = schedule.solve(
+        np.array([0.2, 0.4, 0.8]), np.ones(3), 1.0, bounds, lambda w: w.sum() <= 200
+    )
+    assert widths[0] > widths[1] > widths[2]
+    assert widths.sum() == 200
+    assert (100 - widths[1]) / (100 - widths[0]) == pytest.approx(2, rel=0.1)
+
+
+def test_a_larger_power_separates_more() -> None:
+    bounds = schedule.limits([100, 100], 1.0, 1, 1)
+    spread = [
+        np.ptp(
+            schedule.solve(
+                np.array([0.3, 0.5]), np.ones(2), power, bounds, lambda w: w.sum() <= 120
+            )
+        )
+        for power in (0.5, 1.0, 2.0)
+    ]
+    assert spread[0] < spread[1] < spread[2]
+
+
+@pytest.mark.parametrize("sparsity", [[0.0, 0.0], [0.3, 0.3], [float("nan"), float("nan")]])
+def test_without_a_difference_all_lose_the_same(sparsity: list[float]) -> None:
+    bounds = schedule.limits([50, 50], 1.0, 1, 1)
+    widths = schedule.solve(np.array(sparsity), np.ones(2), 2.0, bounds, lambda w: w.sum() <= 50)
+    assert widths.tolist() == [25, 25]
+
+
+def test_a_factor_protects_a_group() -> None:
+    bounds = schedule.limits([50, 50], 1.0, 1, 1)
+    widths = schedule.solve(
+        np.array([0.3, 0.3]), np.array([0.5, 1.0]), 1.0, bounds, lambda w: w.sum() <= 70
+    )
+    assert widths[0] > widths[1]
+
+
+def test_no_groups() -> None:
+    assert schedule.solve(np.zeros(0), np.zeros(0), 1.0, [], lambda _: False).tolist() == []
+
+
+@given(
+    st.integers(1, 200), st.integers(1, 32), st.integers(1, 50), st.floats(0, 1), st.floats(0, 250)
+)
+def test_limits(size: int, quantum: int, least: int, ratio: float, width: float) -> None:
+    (bound,) = schedule.limits([size], ratio, least, quantum)
+    assert 1 <= bound.floor <= size
+    assert bound.floor >= min(size, least)
+    assert bound.floor >= (1 - ratio) * size - 1e-6 or bound.floor == size
+    near = bound.nearest(width)
+    assert bound.floor <= near <= size
+    assert near % bound.quantum == 0 or near == size
+    if bound.floor <= width <= size - bound.quantum:
+        assert abs(near - width) <= bound.quantum / 2 or near == bound.nearest(bound.floor)
+    above = bound.above(near)
+    assert above > near or near == size
+
+
+@pytest.mark.parametrize("kind", ["cubic", "linear"])
+def test_the_kept_share_falls_from_one_to_the_target(kind) -> None:  # type: ignore[no-untyped-def]
+    shares = [schedule.kept_share(t, 10, 0.3, kind) for t in range(1, 11)]
+    assert shares[-1] == 0.3 == schedule.kept_share(99, 10, 0.3, kind)
+    assert all(a > b for a, b in zip([1.0, *shares], shares, strict=False))
+    steps = np.diff([1.0, *shares])
+    assert (np.diff(steps) > 0).all() if kind == "cubic" else np.allclose(steps, -0.07)
+    assert schedule.kept_share(5, 10, 0.3, "cubic") == pytest.approx(1 - 0.7 * (1 - 0.5**3))

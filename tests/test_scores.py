@@ -1,0 +1,110 @@
+"""Scores: against sums that are written out, for every kind of producer."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from nets import chain, image, randomise
+from torch import Tensor
+from zoo import CASES
+
+import psap
+from psap import scores
+
+
+def _measure(graph: psap.Graph, alpha: float = 0.5, score: str = "l2") -> list[scores.GroupStats]:
+    return scores.measure(graph, dict(graph.model.named_parameters()), alpha, score)  # type: ignore[arg-type]
+
+
+def _expected(graph: psap.Graph, score: str) -> dict[str, np.ndarray]:
+    """Power per producer and channel, one weight at a time."""
+    tensors = dict(graph.model.named_parameters())
+    result = {}
+    for group in graph.groups:
+        power = np.zeros((len(group.producers), group.size))
+        for row, name in enumerate(group.producers):
+            weight = tensors[name].detach()
+            dim = next(d for n, d in group.sides if n == name and graph.roles[n, d] == "out")
+            for position, channel in enumerate(graph.channels[name, dim].tolist()):
+                if group.start <= channel < group.start + group.size:
+                    values = weight.select(dim, position).double()
+                    amount = values.square().sum() if score == "l2" else values.abs().sum()
+                    power[row, channel - group.start] += float(amount)
+        result[group.name] = power
+    return result
+
+
+@pytest.mark.parametrize("score", ["l1", "l2"])
+@pytest.mark.parametrize(
+    "name",
+    ["residual", "depthwise, multiplier 3", "grouped", "transposed", "slices", "raw parameter",
+     "shuffle, grouped", "flatten", "conv1d", "conv3d", "parameter of two modules"],
+)  # fmt: skip
+def test_against_sums_written_out(name: str, score: str) -> None:
+    graph = psap.trace(randomise(CASES[name].make()), CASES[name].inputs)
+    expected = _expected(graph, score)
+    for group, stats in zip(graph.groups, _measure(graph, score=score), strict=True):
+        np.testing.assert_allclose(stats.power, expected[group.name], rtol=1e-5)
+        mean = expected[group.name].mean(axis=1, keepdims=True)
+        relative = (expected[group.name] / mean).mean(axis=0)
+        wanted = np.sqrt(relative) if score == "l2" else relative
+        np.testing.assert_allclose(scores.importance(stats, score), wanted, rtol=1e-5)  # type: ignore[arg-type]
+
+
+def test_sparsity_counts_weights_below_the_threshold() -> None:
+    graph = psap.trace(randomise(CASES["residual"].make()), image())
+    tensors = dict(graph.model.named_parameters())
+    for alpha in (0.1, 0.5, 2.0):
+        for group, stats in zip(graph.groups, _measure(graph, alpha), strict=True):
+            weights = [tensors[name].detach() for name in group.producers]
+            below = sum(int((w.abs() < alpha * w.std(correction=0)).sum()) for w in weights)
+            assert stats.elements == sum(w.numel() for w in weights)
+            assert abs(stats.sparse - below) <= 1  # a weight on the edge, in float32
+            assert stats.sparsity == stats.sparse / stats.elements
+
+
+def test_a_dead_layer_is_wholly_sparse_and_a_constant_one_not_at_all() -> None:
+    model = randomise(chain(8, 6))
+    with torch.no_grad():
+        model[0].weight.zero_()
+        model[3].weight.fill_(0.25)
+    zero, constant = _measure(psap.trace(model, image()))
+    assert (zero.sparsity, constant.sparsity) == (1.0, 0.0)
+    assert (scores.importance(zero) == 0).all() and (scores.importance(constant) == 1).all()
+
+
+def test_scale_of_a_layer_does_not_matter() -> None:
+    model = randomise(CASES["residual"].make())
+    graph = psap.trace(model, image())
+    before = [scores.importance(stats) for stats in _measure(graph)]
+    with torch.no_grad():
+        model.two.weight *= 1000.0  # type: ignore[union-attr,operator]
+    after = [scores.importance(stats) for stats in _measure(graph)]
+    for one, two in zip(before, after, strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-4)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_name_the_layer(value: float) -> None:
+    model = randomise(chain(8, 6))
+    with torch.no_grad():
+        model[3].weight[:2, 0, 0, 0] = value
+    with pytest.raises(psap.PsapError, match=r"3.weight holds 2 values that are not finite"):
+        _measure(psap.trace(model, image()))
+
+
+def test_other_tensors_may_be_measured() -> None:
+    graph = psap.trace(randomise(chain(4, 4)), image())
+    ones: dict[str, Tensor] = {n: torch.ones_like(p) for n, p in graph.model.named_parameters()}
+    stats = scores.measure(graph, ones, 0.5)
+    assert stats[0].power.tolist() == [[27.0] * 4]
+
+
+def test_strongest() -> None:
+    values = np.array([1.0, 3, 2, 3, np.nan, 0])
+    assert scores.strongest(values, 2) == (1, 3)
+    assert scores.strongest(values, 3) == (1, 2, 3)
+    assert scores.strongest(values, 5) == (0, 1, 2, 3, 5)
+    assert scores.strongest(np.zeros(4), 2) == (0, 1)
+    assert scores.strongest(values, 6) == (0, 1, 2, 3, 4, 5)

@@ -1,0 +1,215 @@
+"""The proof must fail when the surgery is wrong, and name the first layer that differs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from nets import Net, chain, conv, head, image, randomise
+from torch import Tensor, nn
+from torch.nn import functional as F
+from zoo import CASES, _block
+
+import psap
+from psap import shrink, verify
+
+Break = Callable[[Any], None]
+
+
+@torch.no_grad()
+def _swap(tensor: Tensor) -> None:
+    tensor[:2] = tensor[:2].flip(0).clone()
+
+
+def _broken(monkeypatch: pytest.MonkeyPatch, break_: Break) -> None:
+    honest = shrink.small_copy
+
+    def small_copy(model: nn.Module, plan: psap.Plan) -> nn.Module:
+        small = honest(model, plan)
+        with torch.no_grad():
+            break_(small)
+        return small
+
+    monkeypatch.setattr(shrink, "small_copy", small_copy)
+
+
+def _apply(name: str, mode: Any = "module") -> psap.Result:
+    model = randomise(CASES[name].make())
+    plan = psap.plan(psap.trace(model, CASES[name].inputs), ratio=0.5)
+    return psap.apply(model, plan, mode=mode)
+
+
+@pytest.mark.parametrize(
+    ("name", "break_", "layer"),
+    [
+        ("residual", lambda m: _swap(m.one.weight), "one"),
+        ("residual", lambda m: _swap(m.two.weight), "two"),
+        ("residual", lambda m: m.one.bias.zero_(), "one"),
+        ("residual", lambda m: _swap(m.bn1.weight), "bn1"),
+        ("residual", lambda m: _swap(m.bn.running_mean), "bn"),
+        ("residual", lambda m: _swap(m.bn2.running_var), "bn2"),
+        ("residual", lambda m: m.last.weight.copy_(m.last.weight.flip(1)), "last"),
+        ("residual", lambda m: m.head[2].bias.add_(1), r"head\.2"),
+        ("dense block", lambda m: _swap(m.norm.bias), "norm"),
+        ("depthwise", lambda m: _swap(m.dw.weight), "dw"),
+        ("prelu, a slope per channel", lambda m: m.act.weight.copy_(m.act.weight.flip(0)), "act"),
+        ("flatten", lambda m: m.fc.weight.copy_(m.fc.weight.flip(1)), "fc"),
+    ],
+)
+def test_wrong_numbers_are_caught(
+    name: str, break_: Break, layer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _apply(name)
+    _broken(monkeypatch, break_)
+    wanted = (
+        rf"differs from the masked one by .*eval mode.*the first layer that differs is {layer}$"
+    )
+    with pytest.raises(psap.VerificationError, match=wanted):
+        _apply(name)
+
+
+def test_groups_that_are_not_updated_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shrink, "_refit_conv", lambda *_: None)
+    with pytest.raises(psap.VerificationError, match=r"fails in eval mode with .*; it stops at dw"):
+        _apply("depthwise")
+
+
+def test_a_missing_input_side_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = psap.Plan.kept
+
+    def kept(plan: psap.Plan) -> dict[str, dict[int, tuple[int, ...]]]:
+        table = honest(plan)
+        del table["two.weight"][1]
+        return table
+
+    monkeypatch.setattr(psap.Plan, "kept", kept)
+    with pytest.raises(psap.VerificationError, match=r"fails in eval mode.*it stops at two"):
+        _apply("residual")
+
+
+def test_a_head_of_train_mode_is_proved_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    _broken(monkeypatch, lambda m: _swap(m.aux.weight))
+    with pytest.raises(
+        psap.VerificationError, match=r"train mode.*first layer that differs is aux"
+    ):
+        _apply("auxiliary head")
+
+
+def test_a_broken_program_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _apply("padded shortcut", "graph").mode == "graph"
+    _broken(monkeypatch, lambda m: _swap(m.wide.weight))
+    with pytest.raises(
+        psap.VerificationError, match=r"graph mode: .* first layer that differs is wide"
+    ):
+        _apply("padded shortcut", "graph")
+
+
+@pytest.mark.parametrize(("size", "ok"), [(1e-13, True), (1e-7, False)])
+def test_the_tolerance(size: float, ok: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    _broken(monkeypatch, lambda m: m.head[2].bias.mul_(1 + size))
+    if ok:
+        assert 0 < _apply("residual").report["verification"]["max_relative_error"] < 1e-12
+        return
+    with pytest.raises(psap.VerificationError, match=r"by \d\.\d\de-0[789]"):
+        _apply("residual")
+
+
+# What could hide an error
+
+
+def test_fresh_norms_do_not_hide_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = chain(8, 6)
+    _broken(monkeypatch, lambda m: _swap(m[1].running_mean))  # all zero in a fresh model
+    plan = psap.plan(psap.trace(model, image().float()), ratio=0.5)
+    with pytest.raises(psap.VerificationError, match=r"first layer that differs is 1$"):
+        psap.apply(model, plan, mode="module")
+
+
+@pytest.mark.parametrize("kind", ["gamma", "layer scale", "group norm", "gate"])
+def test_a_branch_that_starts_at_zero_does_not_hide_errors(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts: dict[str, Any] = {
+        "gamma": (nn.BatchNorm2d(8), lambda m, y: m.z(y)),
+        "group norm": (nn.GroupNorm(8, 8), lambda m, y: m.z(y)),
+        "layer scale": (nn.Parameter(torch.ones(8, 1, 1)), lambda m, y: m.z * y),
+        "gate": (nn.Parameter(torch.ones(1)), lambda m, y: m.z * y),
+    }[kind]
+    part, use = parts
+    model = _block(8, lambda m, x: x + use(m, m.one(x)), one=conv(8, 8), z=part)
+    nn.init.zeros_(part if isinstance(part, nn.Parameter) else part.weight)
+    _broken(monkeypatch, lambda m: m.one.weight.copy_(m.one.weight.flip(1)))
+    plan = psap.plan(psap.trace(model, image().float()), ratio=0.5)
+    with pytest.raises(psap.VerificationError, match=r"first layer that differs is one$"):
+        psap.apply(model, plan, mode="module")
+
+
+def test_a_bias_that_keeps_relu_open_does_not_hide_errors() -> None:
+    def body(m: Any, x: Tensor) -> Tensor:
+        x = m.one(x)
+        return torch.cat([F.relu(x[:, :4]), x[:, 4:]], 1)
+
+    model = _block(8, body, one=conv(8, 8)).double()
+    with torch.no_grad():
+        model.one.bias.fill_(3.0)  # type: ignore[union-attr,operator]
+        model.one.bias[0] = 2.9  # type: ignore[index]
+    graph = psap.trace(model, image())
+    scores = {g.name: torch.arange(g.size, dtype=torch.float64) for g in graph.groups}
+    plan = psap.plan(graph, ratio={"one": 0.5}, score=scores)
+    with pytest.raises(psap.VerificationError, match="module mode: the small network differs"):
+        psap.apply(model, plan, mode="module")
+
+
+# Honest refusals
+
+
+def test_a_dense_network_that_gives_nan_is_not_proved() -> None:
+    model = randomise(_block(8, lambda m, x: m.one(x).sub(9).sqrt() * 0 + x, one=conv(8, 8)))
+    plan = psap.plan(psap.trace(model, image()), ratio=0.5)
+    with pytest.raises(psap.VerificationError, match="by nan"):
+        psap.apply(model, plan)
+
+
+def test_a_dense_network_that_cannot_do_float64_says_so() -> None:
+    net = Net(lambda m, x: m.b(F.relu(m.a(x)).float()), a=conv(3, 8), b=conv(8, 4))
+    plan = psap.plan(psap.trace(net, image().float()), ratio=0.5)
+    with pytest.raises(psap.VerificationError, match=r"dense network itself failed .*RuntimeError"):
+        psap.apply(net, plan)
+    assert psap.apply(net, plan, check=False).model.a.out_channels == 4
+
+
+def test_a_mode_in_which_the_dense_network_fails_is_left_out() -> None:
+    def body(m: Any, x: Tensor) -> Tensor:
+        if m.training:
+            raise RuntimeError("not for training")
+        return m.head(F.relu(m.a(x)))
+
+    model = randomise(Net(body, a=conv(3, 8), head=head(8)))
+    plan = psap.plan(psap.trace(model, image()), ratio=0.5)
+    assert psap.apply(model, plan, mode="module").report["verification"]["modes"] == ("eval",)
+
+
+def test_relative_error() -> None:
+    one = torch.ones(3, dtype=torch.float64)
+    assert verify._relative_error([one], [one]) == 0
+    assert verify._relative_error([], []) == float("inf")
+    assert verify._relative_error([one], [one, one]) == float("inf")
+    assert verify._relative_error([one], [one[:2]]) == float("inf")
+    assert verify._relative_error([one * 0], [one]) == float("inf")
+    assert verify._relative_error([one * 4], [one * 3]) == 0.25
+    assert verify._relative_error([one.long()], [one.long() * 2]) == float("inf")
+    bad = torch.tensor([1.0, float("nan"), 1.0], dtype=torch.float64)
+    for pair in (([one], [bad]), ([bad], [bad]), ([one, bad], [one, bad])):
+        assert not verify._relative_error(*pair) <= 1e-9
+
+
+def test_dropout_does_not_disturb_the_proof() -> None:
+    layers = [*chain(8, 6)]
+    model = randomise(nn.Sequential(*layers[:3], nn.Dropout2d(0.5), *layers[3:6], nn.Dropout(0.5),
+                                    layers[6]))  # fmt: skip
+    plan = psap.plan(psap.trace(model, image()), ratio=0.5)
+    result = psap.apply(model, plan)
+    assert result.report["verification"]["modes"] == ("eval", "train")
+    assert result.model[3].p == 0.5
