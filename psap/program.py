@@ -185,6 +185,9 @@ def _stays(node: Any, recorder: _Recorder, alive: Ints) -> Stays | None:
     lives = torch.from_numpy(alive)[labels].bool()
     if bool(lives.all()):
         return None
+    if not bool(lives.any()) and len(recorder.values[node]) > 1:
+        gone = torch.zeros(recorder.values[node][1], dtype=torch.bool)  # a slice of what goes
+        return [gone if dim == 1 else None for dim in range(lives.dim())]
     masks: Stays = []
     for dim in range(lives.dim()):
         others = [d for d in range(lives.dim()) if d != dim]
@@ -233,7 +236,8 @@ def _sizes(node: fx.Node, twin: fx.Node, recorder: _Recorder, stays: Stays) -> N
     if node.target in (torch.flatten,) or node.target == "flatten":
         return
     packed = len(node.args) == 2 and isinstance(node.args[1], (tuple, list))
-    if len(node.args) == 2 and isinstance(recorder.values.get(node.args[1]), torch.Size):  # type: ignore[call-overload]
+    given = node.args[1] if len(node.args) == 2 else None
+    if isinstance(given, fx.Node) and isinstance(recorder.values[given], torch.Size):
         return  # the shape of another tensor, which is right if that is
     sizes: Any = node.args[1] if packed else node.args[1:]
     shape = recorder.values[node]

@@ -105,7 +105,7 @@ class Window:
         order = np.argsort(-value, kind="stable")
         useful = [int(i) for i in order if fresh[i] and value[i] > 0]
         harmful = [int(i) for i in order[::-1] if alive[i] and z[i] < -config.z_threshold]
-        allowed = int(np.ceil(config.restore_share * int(fresh.sum()))) if self.observed else 0
+        allowed = int(np.ceil(config.restore_share * int(fresh.sum()))) if self.observed > 1 else 0
         found = []
         for i in useful:
             back = z[i] > config.z_threshold and allowed > 0

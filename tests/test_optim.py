@@ -213,14 +213,14 @@ class Own(torch.optim.Optimizer):
 
     def __init__(self, params: Any, entry: Any = 0, attribute: Any = 0.25) -> None:
         super().__init__(params, {"lr": 0.1})
-        self.rate, self.entry = attribute, entry
+        self.rate, self.entry = attribute, lambda: entry
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         for group in self.param_groups:
             for p in group["params"]:
                 state = self.state[p]
-                state.setdefault("extra", copy.deepcopy(self.entry))
+                state.setdefault("extra", copy.deepcopy(self.entry()))
                 state["count"] = state.get("count", 0) + 1
                 state["sum"] = state.get("sum", 0) + p.grad
                 p.add_(state["sum"], alpha=-self.rate)
@@ -233,6 +233,7 @@ def test_attributes_of_a_users_optimizer_are_kept() -> None:
     plan = psap.plan(psap.trace(model, image()), ratio=0.5)
     result = psap.apply(model, plan, optimizer=optimizer)
     assert isinstance(result.optimizer, Own) and result.optimizer.rate == 0.25
+    result.optimizer.entry = optimizer.entry  # functions are not taken over
     state = result.optimizer.state[result.model[0].weight]
     assert (state["count"], state["extra"], state["sum"].shape) == (1, {"a": [1, 2]}, (4, 3, 3, 3))
     _step(result.model, result.optimizer, 1, (image(),))

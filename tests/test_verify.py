@@ -10,7 +10,8 @@ import torch
 from nets import Net, chain, conv, head, image, randomise
 from torch import Tensor, nn
 from torch.nn import functional as F
-from zoo import CASES, _block
+from zoo import CASES
+from zoo_nets import block
 
 import psap
 from psap import shrink, verify
@@ -138,7 +139,7 @@ def test_a_branch_that_starts_at_zero_does_not_hide_errors(
         "gate": (nn.Parameter(torch.ones(1)), lambda m, y: m.z * y),
     }[kind]
     part, use = parts
-    model = _block(8, lambda m, x: x + use(m, m.one(x)), one=conv(8, 8), z=part)
+    model = block(8, lambda m, x: x + use(m, m.one(x)), one=conv(8, 8), z=part)
     nn.init.zeros_(part if isinstance(part, nn.Parameter) else part.weight)
     _broken(monkeypatch, lambda m: m.one.weight.copy_(m.one.weight.flip(1)))
     plan = psap.plan(psap.trace(model, image().float()), ratio=0.5)
@@ -151,7 +152,7 @@ def test_a_bias_that_keeps_relu_open_does_not_hide_errors() -> None:
         x = m.one(x)
         return torch.cat([F.relu(x[:, :4]), x[:, 4:]], 1)
 
-    model = _block(8, body, one=conv(8, 8)).double()
+    model = block(8, body, one=conv(8, 8)).double()
     with torch.no_grad():
         model.one.bias.fill_(3.0)  # type: ignore[union-attr,operator]
         model.one.bias[0] = 2.9  # type: ignore[index]
@@ -166,7 +167,7 @@ def test_a_bias_that_keeps_relu_open_does_not_hide_errors() -> None:
 
 
 def test_a_dense_network_that_gives_nan_is_not_proved() -> None:
-    model = randomise(_block(8, lambda m, x: m.one(x).sub(9).sqrt() * 0 + x, one=conv(8, 8)))
+    model = randomise(block(8, lambda m, x: m.one(x).sub(9).sqrt() * 0 + x, one=conv(8, 8)))
     plan = psap.plan(psap.trace(model, image()), ratio=0.5)
     with pytest.raises(psap.VerificationError, match="by nan"):
         psap.apply(model, plan)

@@ -7,7 +7,8 @@ import torch
 from nets import Net, assert_exact, assert_same, conv, head, image, randomise, snapshot
 from torch import Tensor, nn
 from torch.nn import functional as F
-from zoo import CASES, Case, _block
+from zoo import CASES, Case
+from zoo_nets import block
 
 import psap
 
@@ -70,7 +71,7 @@ def _every_parameter_moves(small: nn.Module, case: Case) -> None:
 
 def test_instance_norm_without_parameters_is_exact() -> None:
     model = randomise(
-        _block(
+        block(
             8,
             lambda m, x: F.relu(F.instance_norm(m.one(x))),
             one=conv(8, 10),
@@ -84,7 +85,7 @@ def test_instance_norm_without_parameters_is_exact() -> None:
 
 
 def _body_case(body, **parts) -> psap.Graph:  # type: ignore[no-untyped-def]
-    return psap.trace(randomise(_block(8, body, one=conv(8, 8), **parts)), image())
+    return psap.trace(randomise(block(8, body, one=conv(8, 8), **parts)), image())
 
 
 @pytest.mark.parametrize(
