@@ -42,7 +42,7 @@ def _rows(
     graph: Graph, tensors: Mapping[str, Tensor], name: str
 ) -> tuple[Tensor, NDArray[np.int64]]:
     """A producer with its filters along dimension 0, and the channel of each filter."""
-    dims = [d for (n, d), r in graph.roles.items() if n == name and r == "out"]
+    dims = [d for d in range(tensors[name].dim()) if graph.roles.get((name, d)) == "out"]
     dim = next(d for d in dims if (graph.channels[name, d] >= 0).any())
     return tensors[name].detach().movedim(dim, 0), graph.channels[name, dim]
 

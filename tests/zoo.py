@@ -40,7 +40,6 @@ from zoo_nets import (
     pixel_shuffled,
     pixel_unshuffled,
     plain_bn,
-    plus_one,
     raw_parameter,
     residual,
     rolled,
@@ -169,7 +168,12 @@ CASES: dict[str, Case] = {
         },
     ),
     "layer norm": _case(layer_norm, stem=8, last=6, alone={"one": "layer norm over the channels"}),
-    "x + 1": _case(plus_one, stem=8, last=6, alone={"one": "not stay zero after add of a const"}),
+    "x + 1": _case(
+        lambda: block(8, lambda m, x: m.one(x) + 1, one=conv(8, 8)),
+        stem=8,
+        last=6,
+        alone={"one": "not stay zero after add of a const"},
+    ),
     "bare sigmoid": _case(
         lambda: block(8, lambda m, x: torch.sigmoid(m.one(x)), one=conv(8, 8)),
         stem=8,

@@ -279,10 +279,6 @@ def layer_norm() -> nn.Module:
     return block(8, body, one=conv(8, 10), norm=nn.LayerNorm(10), last=conv(10, 6))
 
 
-def plus_one() -> nn.Module:
-    return block(8, lambda m, x: m.one(x) + 1, one=conv(8, 8))
-
-
 def unknown() -> nn.Module:
     return block(8, lambda m, x: m.one(x).cumsum(1), one=conv(8, 8))
 
@@ -398,8 +394,6 @@ def plain_bn(affine: bool) -> nn.Module:
 
 
 def fixed_view() -> nn.Module:
-    """A fixed view in the middle of forward."""
-
     def body(m: Any, x: Tensor) -> Tensor:
         return m.one(x).view(-1, 8, 64).relu().view(-1, 8, 8, 8)
 

@@ -287,8 +287,8 @@ def _reasons(
 ) -> dict[str, str]:
     """Why the outputs of a layer are left alone, for every layer that makes channels."""
     reasons: dict[str, str] = {}
-    for name in tracer.shapes:
-        sides = [s for s in roots if s[0] == name and tracer.roles[s] == "out"]
+    for name, shape in tracer.shapes.items():
+        sides = [(name, d) for d in range(len(shape)) if tracer.roles.get((name, d)) == "out"]
         if name not in weights or any((channels[side] >= 0).any() for side in sides):
             continue
         found = [frozen[c] for side in sides for c in roots[side].tolist() if c in frozen]
