@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from psap.errors import PsapError, VerificationError
-from psap.graph.trace import as_inputs, output_tensors, untouched
+from psap.graph.inputs import as_inputs
+from psap.graph.trace import output_tensors, untouched
 from psap.recipe import Path_, check_is_result, replacing
 from psap.shrink import Result
 
@@ -42,20 +44,20 @@ def _inputs(value: Result | nn.Module, example_inputs: Any, dynamic_batch: bool)
     if example_inputs is None and isinstance(value, Result):
         example_inputs = value.inputs
     inputs = as_inputs(example_inputs)
-    tensors = [x for x in inputs if isinstance(x, Tensor) and x.dim()]
-    if dynamic_batch and all(
-        x.shape[0] == 1 for x in tensors
-    ):  # a batch of one would be taken for a constant
-        return tuple(
-            x.expand(2, *x.shape[1:]).contiguous() if isinstance(x, Tensor) and x.dim() else x
-            for x in inputs
-        )
-    return inputs
+    tensors = [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.dim()]
+    if not dynamic_batch or any(x.shape[0] != 1 for x in tensors):
+        return inputs
+
+    def doubled(x: Any) -> Any:  # a batch of one would be taken for a constant
+        return x.expand(2, *x.shape[1:]).contiguous() if isinstance(x, Tensor) and x.dim() else x
+
+    result: tuple[Any, ...] = tree_map(doubled, inputs)
+    return result
 
 
 def _program(model: nn.Module, inputs: tuple[Any, ...], dynamic_batch: bool) -> Any:
     batch = torch.export.Dim("batch", min=1)
-    shapes = tuple({0: batch} if isinstance(x, Tensor) and x.dim() else None for x in inputs)
+    shapes = tree_map(lambda x: {0: batch} if isinstance(x, Tensor) and x.dim() else None, inputs)
     try:
         with _quiet(), untouched(model):
             model.eval()
@@ -142,7 +144,7 @@ def export_onnx(
         session = onnxruntime.InferenceSession(
             str(temporary), options, providers=["CPUExecutionProvider"]
         )
-        tensors = [x for x in inputs if isinstance(x, Tensor)]
+        tensors = [x for x in tree_leaves(inputs) if isinstance(x, Tensor)]
         feeds = {
             i.name: x.detach().cpu().numpy()
             for i, x in zip(session.get_inputs(), tensors, strict=True)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 
 from psap.errors import VerificationError
 from psap.graph.groups import Side
@@ -123,11 +124,17 @@ def _traced(model: nn.Module) -> fx.GraphModule:
     return dense
 
 
+class _Symbolic(fx.Tracer):
+    """Records what forward() does to buffers, instead of doing it while tracing."""
+
+    proxy_buffer_attributes = True
+
+
 def _symbolic(model: nn.Module) -> fx.GraphModule:
     """Trace, and take down the constants that torch.fx hangs on the model."""
     known = set(vars(model))
     try:
-        return fx.symbolic_trace(model)
+        return fx.GraphModule(model, _Symbolic().trace(model), type(model).__name__)
     finally:
         for name in set(vars(model)) - known:
             delattr(model, name)
@@ -151,7 +158,9 @@ def _as_module(dense: fx.GraphModule, node: fx.Node, trained: fx.Node) -> bool:
 def _record(dense: fx.GraphModule, model: nn.Module, inputs: tuple[Any, ...]) -> _Recorder:
     tracer = Tracer(model, RULES)  # of the same tensors; by the names that the plan has
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    cast = [x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
+    cast = tree_map(
+        lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, inputs
+    )
     recorder = _Recorder(dense, tracer)
     with untouched(dense), tracer:
         dense.eval()

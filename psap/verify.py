@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from psap.errors import PsapError, VerificationError
 from psap.graph.outputs import NoDropout, output_tensors
@@ -143,29 +144,43 @@ def _random_inputs(inputs: tuple[Any, ...], generator: torch.Generator) -> tuple
 
     Every other sample is large, so that no bias keeps an activation function on one of its sides.
     """
-    tensors = [x for x in inputs if isinstance(x, Tensor) and x.dim()]
+    tensors = [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.dim()]
     single = bool(tensors) and all(x.shape[0] == 1 for x in tensors)
-    made = []
-    for x in inputs:
+
+    def made(x: Any) -> Any:
         if not isinstance(x, Tensor):
-            made.append(x)
-            continue
+            return x
         shape = [2, *x.shape[1:]] if single and x.dim() else list(x.shape)
         if x.is_floating_point():
             numbers = torch.randn(shape, generator=generator, dtype=torch.float64)
             if numbers.dim():
                 numbers[1::2] *= 8
-            made.append(numbers.to(x.device))
-        else:
-            made.append(x.expand(shape).clone())
-    return tuple(made)
+            return numbers.to(x.device)
+        return x.expand(shape).clone()
+
+    result: tuple[Any, ...] = tree_map(made, inputs)
+    return result
 
 
 def _run(model: nn.Module, inputs: tuple[Any, ...], training: bool) -> list[Tensor]:
+    """All outputs; of a second pass too, and its counters, where a pass changes buffers."""
+    norms = {
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._NormBase)
+        for key in module._buffers
+    }
     with untouched(model), NoDropout():
         model.train(training)
         torch.manual_seed(0)
-        return output_tensors(model(*inputs))
+        own = {n: b.clone() for n, b in model.named_buffers() if n not in norms}
+        outputs = output_tensors(model(*inputs))
+        now = dict(model.named_buffers())
+        moved = [n for n, before in own.items() if not torch.equal(now[n], before)]
+        if moved:
+            outputs += output_tensors(model(*inputs))
+            outputs += [now[n].clone() for n in moved if not now[n].dim()]
+        return outputs
 
 
 def _forward(model: nn.Module, inputs: tuple[Any, ...], training: bool) -> list[Tensor] | None:

@@ -213,3 +213,33 @@ def test_the_program_can_be_built_directly() -> None:
     small = program(model, plan, (image(),), small_copy)
     assert "view(-1, 3, 8, 8)" in small.code
     assert_exact(model, plan, small, (image(),))
+
+
+class _Padded(nn.Module):
+    """Padding fixes the width in Python, so that graph mode is needed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 8, 3, padding=1)
+        self.b = nn.Conv2d(12, 6, 3, padding=1)
+        self.register_buffer("mean", torch.rand(3))
+        self.register_buffer("ema", torch.zeros(6, 1, 1))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x - self.mean.view(1, 3, 1, 1)
+        x = F.pad(F.relu(self.a(x)), (0, 0, 0, 0, 2, 2)) * torch.tensor(2.0)
+        x = self.b(x)
+        self.calls.add_(1)
+        self.ema.mul_(0.9).add_(x.detach().mean((0, 2, 3)).view(6, 1, 1), alpha=0.1)
+        return x - self.ema
+
+
+def test_buffers_that_forward_changes_are_changed_by_the_program():
+    model, x = _Padded(), torch.randn(2, 3, 5, 5)
+    plan = psap.plan(psap.trace(model, x), ratio=0.5)
+    result = psap.apply(model, plan, mode="graph")
+    masked = psap.mask(model, plan)
+    for turn in range(1, 4):
+        torch.testing.assert_close(result.model(x), masked(x))
+        assert int(result.model.calls) == int(masked.calls) == turn

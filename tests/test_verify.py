@@ -214,3 +214,48 @@ def test_dropout_does_not_disturb_the_proof() -> None:
     result = psap.apply(model, plan)
     assert result.report["verification"]["modes"] == ("eval", "train")
     assert result.model[3].p == 0.5
+
+
+def test_inputs_in_a_dict_are_compared():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Conv2d(3, 8, 3)
+            self.b = nn.Conv2d(8, 2, 3)
+
+        def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+            return self.b(torch.relu(self.a(batch["image"])))
+
+    model = Net()
+    graph = psap.trace(model, ({"image": torch.randn(1, 3, 8, 8)},))
+    result = psap.apply(model, psap.plan(graph, ratio=0.5))
+    assert result.report["verification"]["modes"] == ("eval", "train")
+    assert result.model.a.out_channels == 4
+
+
+def test_an_update_that_the_small_network_loses_is_refused(monkeypatch):
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Conv2d(3, 8, 3)
+            self.b = nn.Conv2d(8, 2, 3)
+            self.register_buffer("n", torch.zeros(()))
+            self.step = 1
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.b(torch.relu(self.a(x))) + self.n
+            self.n.add_(self.step)
+            return y
+
+    model = Counting()
+    real = shrink.small_copy
+
+    def forgetful(dense, plan):
+        small = real(dense, plan)
+        small.step = 0
+        return small
+
+    monkeypatch.setattr(shrink, "small_copy", forgetful)
+    plan = psap.plan(psap.trace(model, torch.randn(2, 3, 8, 8)), ratio=0.5)
+    with pytest.raises(psap.VerificationError, match="module mode"):
+        psap.apply(model, plan, mode="module")

@@ -10,9 +10,10 @@ import numpy as np
 from torch import nn
 
 from psap.errors import TraceError
+from psap.graph.inputs import as_inputs, check_model
 from psap.graph.labels import Ints
 from psap.graph.rules import RULES
-from psap.graph.trace import Call, Tracer, as_inputs, check_model, run, untouched
+from psap.graph.trace import Call, Tracer, run, untouched
 
 Side = tuple[str, int]
 """A dimension of a parameter or buffer: its name, and the dimension."""

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from psap.errors import ArgumentError, ArgumentTypeError, TraceError
+from psap.errors import TraceError
 from psap.graph.labels import TAINT, Labels, compact, plain
 from psap.graph.outputs import NoDropout
 from psap.graph.outputs import output_tensors as output_tensors
@@ -268,58 +268,6 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers()
 
 
-def as_inputs(example_inputs: Any) -> tuple[Any, ...]:
-    """Check example inputs: a tensor, or a tuple or list of the positional inputs.
-
-    Raises:
-        ArgumentTypeError: it is neither.
-        ArgumentError: it is empty, or a tensor in it holds no element.
-    """
-    if isinstance(example_inputs, Tensor):
-        example_inputs = (example_inputs,)
-    if not isinstance(example_inputs, (tuple, list)):
-        raise ArgumentTypeError(
-            f"example_inputs is a {type(example_inputs).__name__}; pass a tensor, or a tuple "
-            "of the positional inputs of the model"
-        )
-    inputs = tuple(example_inputs)
-    tensors = [t for t in tree_leaves(inputs) if isinstance(t, Tensor)]
-    if not tensors:
-        raise ArgumentError(
-            "example_inputs holds no tensor; pass what model(*example_inputs) takes"
-        )
-    if any(t.numel() == 0 for t in tensors):
-        raise ArgumentError("example_inputs holds an empty tensor; pass a batch of at least one")
-    return inputs
-
-
-def check_model(model: Any) -> nn.Module:
-    """Check that a model is one that can be traced; look through ``torch.compile``.
-
-    Raises:
-        ArgumentTypeError: it is no ``nn.Module``, or a scripted one.
-        ArgumentError: it has no parameters, lazy ones, or ones on several devices.
-    """
-    if not isinstance(model, nn.Module):
-        raise ArgumentTypeError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
-    inner = getattr(model, "_orig_mod", None)  # of what torch.compile wrapped
-    checked: nn.Module = inner if isinstance(inner, nn.Module) else model
-    if isinstance(checked, torch.jit.ScriptModule):
-        raise ArgumentTypeError(
-            "model is a ScriptModule; pass the eager nn.Module it was made from"
-        )
-    parameters = dict(checked.named_parameters())
-    if not parameters:
-        raise ArgumentError("model has no parameters; there is nothing to prune")
-    lazy = [n for n, p in parameters.items() if isinstance(p, nn.parameter.UninitializedParameter)]
-    if lazy:
-        raise ArgumentError(f"{lazy[0]} is not initialised; run the model once, then call psap")
-    devices = sorted({str(p.device) for p in parameters.values()})
-    if len(devices) > 1:
-        raise ArgumentError(f"model lies on several devices ({', '.join(devices)}); move it to one")
-    return checked
-
-
 @contextmanager
 def _named_modules(tracer: Tracer, model: nn.Module) -> Iterator[None]:
     """Tell the tracer which module runs."""
@@ -376,13 +324,19 @@ def run(tracer: Tracer, model: nn.Module, inputs: tuple[Any, ...], training: boo
     """
     model.train(training)
     try:
-        with _named_modules(tracer, model), _eager(), NoDropout(), tracer:
+        with (
+            _named_modules(tracer, model),
+            _eager(),
+            NoDropout(),
+            torch.inference_mode(False),
+            tracer,
+        ):
             output = model(*inputs)
     except Exception as error:
         mode = "training" if training else "evaluation"
         raise TraceError(
             f"the model failed on the example inputs in {mode} mode: {type(error).__name__}: "
-            f"{error}; pass example_inputs on its device that model(*example_inputs) accepts"
+            f"{error}; pass inputs that model(*example_inputs) accepts, on the model's device"
         ) from error
     results = output_tensors(output)
     if not results:

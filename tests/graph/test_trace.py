@@ -244,3 +244,27 @@ def test_tracing_does_not_import_the_compiler() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.stdout.strip(), done.stderr) == ("[]", ""), done.stderr
+
+
+def test_wrappers_are_looked_through_or_refused_by_name() -> None:
+    x = torch.randn(2, 3, 8, 8)
+    wrapped = torch.nn.DataParallel(chain(4))
+    assert psap.trace(wrapped, x).model is wrapped.module
+    ddp = torch.nn.parallel.DistributedDataParallel.__new__(
+        torch.nn.parallel.DistributedDataParallel
+    )
+    torch.nn.Module.__init__(ddp)
+    with pytest.raises(psap.ArgumentTypeError, match="DistributedDataParallel"):
+        psap.trace(ddp, x)
+
+
+def test_the_meta_device_is_refused() -> None:
+    with pytest.raises(psap.ArgumentError, match="meta device"):
+        psap.trace(chain(4).to("meta"), torch.randn(2, 3, 8, 8, device="meta"))
+
+
+def test_inference_mode_around_a_trace_changes_nothing() -> None:
+    model, x = chain(4), torch.randn(2, 3, 8, 8)
+    wanted = [group.name for group in psap.trace(model, x).groups]
+    with torch.inference_mode():
+        assert [group.name for group in psap.trace(model, x).groups] == wanted

@@ -1,0 +1,72 @@
+"""Checks of what a caller wants traced."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from psap.errors import ArgumentError, ArgumentTypeError
+
+
+def as_inputs(example_inputs: Any) -> tuple[Any, ...]:
+    """Check example inputs: a tensor, or a tuple or list of the positional inputs.
+
+    Raises:
+        ArgumentTypeError: it is neither.
+        ArgumentError: it is empty, or a tensor in it holds no element.
+    """
+    if isinstance(example_inputs, Tensor):
+        example_inputs = (example_inputs,)
+    if not isinstance(example_inputs, (tuple, list)):
+        raise ArgumentTypeError(
+            f"example_inputs is a {type(example_inputs).__name__}; pass a tensor, or a tuple "
+            "of the positional inputs of the model"
+        )
+    inputs = tuple(example_inputs)
+    tensors = [t for t in tree_leaves(inputs) if isinstance(t, Tensor)]
+    if not tensors:
+        raise ArgumentError(
+            "example_inputs holds no tensor; pass what model(*example_inputs) takes"
+        )
+    if any(t.numel() == 0 for t in tensors):
+        raise ArgumentError("example_inputs holds an empty tensor; pass a batch of at least one")
+    return inputs
+
+
+def check_model(model: Any) -> nn.Module:
+    """Check that a model is one that can be traced; look through ``torch.compile``.
+
+    Raises:
+        ArgumentTypeError: it is no ``nn.Module``, or a scripted one.
+        ArgumentError: it has no parameters, lazy ones, or ones on several devices.
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
+    inner = getattr(model, "_orig_mod", None)  # of what torch.compile wrapped
+    checked: nn.Module = inner if isinstance(inner, nn.Module) else model
+    if isinstance(checked, nn.DataParallel):
+        checked = checked.module
+    if isinstance(checked, nn.parallel.DistributedDataParallel):
+        raise ArgumentTypeError(
+            "model is wrapped in DistributedDataParallel, which is not supported yet; pass "
+            "model.module, and prune on one process"
+        )
+    if isinstance(checked, torch.jit.ScriptModule):
+        raise ArgumentTypeError(
+            "model is a ScriptModule; pass the eager nn.Module it was made from"
+        )
+    parameters = dict(checked.named_parameters())
+    if not parameters:
+        raise ArgumentError("model has no parameters; there is nothing to prune")
+    lazy = [n for n, p in parameters.items() if isinstance(p, nn.parameter.UninitializedParameter)]
+    if lazy:
+        raise ArgumentError(f"{lazy[0]} is not initialised; run the model once, then call psap")
+    devices = sorted({str(p.device) for p in parameters.values()})
+    if len(devices) > 1:
+        raise ArgumentError(f"model lies on several devices ({', '.join(devices)}); move it to one")
+    if devices == ["meta"]:
+        raise ArgumentError("model lies on the meta device; give it memory with model.to_empty")
+    return checked
