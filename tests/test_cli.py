@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -61,6 +62,28 @@ def test_prune_prints_lines_and_a_table(run: Path, capsys: pytest.CaptureFixture
     assert main(["prune", *TINY, "--out", str(run), "--resume"]) == 0
     out = capsys.readouterr().out
     assert "accuracy" in out and "% kept" in out and "report.html" in out
+
+
+def test_export_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nothing = str(tmp_path / "nothing")
+    assert fails(["export", nothing], capsys) == (
+        f"there is no run or file {nothing}; pass the folder of a finished run, or a file written "
+        "by psap.save"
+    )
+
+
+def test_export_chooses_a_place(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("record.json", "plan.json", "small.safetensors")
+    for name in names:
+        shutil.copy(run / name, tmp_path)
+    assert main(["export", str(tmp_path), "--format", "pt2"]) == 0
+    file = str(tmp_path / "small.safetensors")
+    assert main(["export", file, "--format", "pt2", "--arch", "digits_resnet"]) == 0
+    capsys.readouterr()
+    written = {path.name for path in tmp_path.iterdir()} - set(names)
+    assert written == {"model.pt2", "small.pt2"}
 
 
 @pytest.mark.parametrize("form", ["onnx", "pt2"])
@@ -137,7 +160,7 @@ def test_inspect_refuses_a_shape(text: str, capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "target_macs and target_parameters are None; pass one, such as target_macs=0.3"),
+        ([], "pass one, such as target_macs=0.3 (on the command line --target-macs 0.3)"),
         (
             ["--target-macs", "1.5"],
             "Target.macs is 1.5; pass a number in (0, 1]: the share that is kept",
@@ -208,6 +231,23 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PSAP_DEBUG", "1")
     with pytest.raises(psap.ArgumentError, match="target_macs and target_parameters are None"):
         main(["prune"])
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"psap {psap.__version__}\n"
+
+
+@pytest.mark.parametrize(("given", "wanted"), [(None, "passive"), ("active", "active")])
+def test_idle_threads_wait_passively_unless_told_otherwise(given: str | None, wanted: str) -> None:
+    code = "import os, sys, psap.cli; assert 'torch' not in sys.modules; "
+    code += "print(os.environ['OMP_WAIT_POLICY'])"
+    env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    env |= {"OMP_WAIT_POLICY": given} if given else {}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == wanted, done.stderr
 
 
 def test_help_is_quick_because_torch_is_not_imported() -> None:

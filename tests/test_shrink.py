@@ -215,6 +215,23 @@ class _Bomb(Exception):
     pass
 
 
+def _refusing(state: Any, error: type[BaseException]) -> Any:
+    """A copy of an optimizer's state that fails at the fifth entry that is written."""
+
+    class Refusing(type(state)):  # type: ignore[misc]
+        writes = 0
+
+        def __setitem__(self, key: Any, value: Any) -> None:
+            self.writes += 1
+            if self.writes == 5:
+                raise error("injected")
+            super().__setitem__(key, value)
+
+    entries = Refusing(dict)
+    dict.update(entries, state)
+    return entries
+
+
 @pytest.mark.parametrize("error", [_Bomb, KeyboardInterrupt, MemoryError])
 @pytest.mark.parametrize("at", ["first tensor", "last tensor", "attribute", "optimizer"])
 def test_a_failed_commit_is_undone(
@@ -233,32 +250,19 @@ def test_a_failed_commit_is_undone(
         calls["set"] += 1
         inner_set(*args)
         if calls["set"] == {"first tensor": 1, "last tensor": count}.get(at):
-            raise error
+            raise error("injected")
 
     def move(*args: Any) -> None:
         calls["move"] += 1
         inner_move(*args)
         if at == "attribute" and calls["move"] == 40:
-            raise error
+            raise error("injected")
 
     monkeypatch.setattr(shrink, "_set", set_)
     monkeypatch.setattr(shrink, "_move", move)
     if at == "optimizer":
-        kind = type(optimizer.state)
-
-        class Refusing(kind):  # type: ignore[misc,valid-type]
-            writes = 0
-
-            def __setitem__(self, key: Any, value: Any) -> None:
-                self.writes += 1
-                if self.writes == 5:
-                    raise error
-                super().__setitem__(key, value)
-
-        entries = Refusing(dict)
-        dict.update(entries, optimizer.state)
-        optimizer.state = entries
-    with pytest.raises(error):
+        optimizer.state = _refusing(optimizer.state, error)
+    with pytest.raises(error, match="injected"):
         psap.apply(model, plan, optimizer=optimizer, inplace=True)
     assert_same(before, snapshot(model))
     assert str(optimizer.state_dict()) == str(state)
