@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+
+# Idle OpenMP threads spin by default, which slows machines with few cores by up to 20 times. It is
+# read once, when torch is imported, so it is set before anything else can do that.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -15,6 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from psap import __version__
 from psap.errors import ArgumentError, FileError, PsapError
 from psap.run_config import RunConfig
 
@@ -59,7 +65,7 @@ def prune(run: RunOptions, *, resume: bool = False) -> int:
 def export(
     source: tyro.conf.Positional[Path],
     *,
-    out: Path,
+    out: Path | None = None,
     format: Literal["onnx", "pt2"] = "onnx",
     arch: str | None = None,
     num_classes: int = 10,
@@ -69,7 +75,8 @@ def export(
 
     Args:
         source: the folder of a run, or a file written by psap.save.
-        out: the file to write.
+        out: the file to write; by default model.onnx or model.pt2 in the folder of the run, or the
+            name of the file with another ending.
         format: "onnx", or "pt2" (torch.export).
         arch: the dense architecture; known for the folder of a run.
         num_classes: classes of the dense architecture; known for the folder of a run.
@@ -80,6 +87,11 @@ def export(
     import psap
     from psap.models import create
 
+    if not source.exists():
+        raise FileError(
+            f"there is no run or file {source}; pass the folder of a finished run, or a file "
+            "written by psap.save"
+        )
     path = source
     if source.is_dir():
         settings = _settings(source)
@@ -93,6 +105,9 @@ def export(
         example = _zeros(input, arch)
     name, channels = arch, example.shape[1]
     small = psap.load(path, lambda: create(name, num_classes=num_classes, in_channels=channels))
+    if out is None:
+        out = path.with_suffix(f".{format}")
+        out = out.with_stem("model") if source.is_dir() else out
     write = psap.export_onnx if format == "onnx" else psap.export_pt2
     difference = write(small, out, example)
     print(f"wrote {out}; it differs from PyTorch by at most {difference:.1e}")
@@ -170,11 +185,15 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     if os.getcwd() not in sys.path:  # package.module:factory may be the user's own, right here
         sys.path.append(os.getcwd())
+    if list(sys.argv[1:] if args is None else args) == ["--version"]:
+        print(f"psap {__version__}")
+        return 0
     try:
         code: int = tyro.extras.subcommand_cli_from_dict(
             COMMANDS,
             prog="psap",
-            description="Turns a convolutional network into a smaller one while it trains.",
+            description="Turns a convolutional network into a smaller one while it trains. "
+            "--version prints its version.",
             args=args,
             config=(tyro.conf.FlagCreatePairsOff,),
         )

@@ -33,3 +33,7 @@ class VerificationError(PsapError):
 
 class StateError(PsapError, RuntimeError):
     """A call came in a state that does not allow it (for example ``finish()`` twice)."""
+
+
+class PsapWarning(UserWarning):
+    """What was asked for was done, but probably not what was meant. Says what to do instead."""

@@ -1,19 +1,28 @@
-"""Carry an optimizer's state through a change of widths."""
+"""Carry an optimizer's state through a change of widths; hooks of a pruner in an optimizer."""
 
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Mapping
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
-from psap.errors import ArgumentError, ArgumentTypeError, PsapError
+from psap.errors import ArgumentError, ArgumentTypeError, PsapError, StateError
 
 Gather = Callable[[str, Tensor], Tensor]
 """Takes the name of a parameter and a tensor of its shape; returns the kept part of the tensor."""
+
+_WAYS_OUT = (
+    "use an optimizer whose state has the shapes of the parameters, such as SGD or AdamW; or go "
+    "without (apply(optimizer=None), Pruner(keep_optimizer=False) or finish(keep_optimizer=False)) "
+    "and make a new optimizer for result.model"
+)
 
 
 def check_optimizer(optimizer: Any, model: nn.Module) -> dict[int, str]:
@@ -66,13 +75,22 @@ def shrink_state(
     return result
 
 
+def check_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Check that `shrink_state` will be able to cut the state that the optimizer has now.
+
+    Raises:
+        ArgumentError: the optimizer also trains another model.
+        PsapError: it will not.
+    """
+    shrink_state(optimizer, check_optimizer(optimizer, model), lambda _, tensor: tensor)
+
+
 def _entry(name: str, key: str, value: Any, parameter: Tensor, gather: Gather) -> Any:
     if not isinstance(value, Tensor):
         if any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
             raise PsapError(
                 f"the optimizer keeps tensors inside {key!r} for {name}, and nobody knows what of "
-                "them belongs to a channel; pass optimizer=None and make a new optimizer for "
-                "result.model"
+                f"them belongs to a channel; {_WAYS_OUT}"
             )
         return copy.deepcopy(value)
     if value.shape == parameter.shape:
@@ -81,8 +99,7 @@ def _entry(name: str, key: str, value: Any, parameter: Tensor, gather: Gather) -
         return value.clone()
     raise PsapError(
         f"the optimizer keeps {key!r} of shape {tuple(value.shape)} for {name} of shape "
-        f"{tuple(parameter.shape)}, which cannot be cut by channel; pass optimizer=None and make a "
-        "new optimizer for result.model"
+        f"{tuple(parameter.shape)}, which cannot be cut by channel; {_WAYS_OUT}"
     )
 
 
@@ -107,8 +124,9 @@ def rebuild(
     lost = [name for name in names.values() if name not in small]
     if lost and any(names[id(p)] in lost for g in optimizer.param_groups for p in g["params"]):
         raise PsapError(
-            f"the optimizer trains {lost[0]}, which the small model does not use; pass "
-            "optimizer=None and make a new optimizer for result.model"
+            f"the optimizer trains {lost[0]}, which the small model does not use; go without "
+            "(apply(optimizer=None) or finish(keep_optimizer=False)) and make a new optimizer for "
+            "result.model"
         )
     fresh: torch.optim.Optimizer = type(optimizer).__new__(type(optimizer))
     groups = [
@@ -137,7 +155,61 @@ def _own_attributes(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         if any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
             raise PsapError(
                 f"{type(optimizer).__name__} keeps tensors in {key!r}, which cannot be cut by "
-                "channel; pass optimizer=None and make a new optimizer for result.model"
+                f"channel; {_WAYS_OUT}"
             )
         own[key] = copy.deepcopy(value)
     return own
+
+
+class _WeakHook:
+    """Calls a method as long as its object lives; does not keep the object alive."""
+
+    def __init__(self, method: MethodType) -> None:
+        self.method = weakref.WeakMethod(method)
+
+    def __call__(self, *args: Any) -> Any:
+        method = self.method()
+        return None if method is None else method(*args)
+
+
+def require_alone(optimizer: torch.optim.Optimizer) -> None:
+    """Check that no living object is attached.
+
+    Raises:
+        StateError: one is.
+    """
+    hooks = optimizer._optimizer_step_pre_hooks.values()
+    if any(isinstance(hook, _WeakHook) and hook.method() is not None for hook in hooks):
+        raise StateError(
+            "another Pruner already works on this optimizer; call its finish(), or its close() to "
+            "give it up (in a notebook: pruner.close(), then run the cell again), or make a new "
+            "optimizer"
+        )
+
+
+def attach(
+    optimizer: torch.optim.Optimizer, before: Callable[..., Any], after: Callable[..., Any]
+) -> list[RemovableHandle]:
+    """Let an object's methods run before and after every step, until it is deleted.
+
+    Args:
+        optimizer: the optimizer.
+        before: bound method, a hook before the step.
+        after: bound method of the same object, a hook after the step.
+
+    Returns:
+        Handles that remove the hooks.
+    """
+    assert isinstance(before, MethodType) and isinstance(after, MethodType)
+    handles = [
+        optimizer.register_step_pre_hook(_WeakHook(before)),
+        optimizer.register_step_post_hook(_WeakHook(after)),
+    ]
+    weakref.finalize(before.__self__, detach, handles).atexit = False
+    return handles
+
+
+def detach(handles: list[RemovableHandle]) -> None:
+    """Remove the hooks that `attach` made."""
+    for handle in handles:
+        handle.remove()

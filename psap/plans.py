@@ -88,6 +88,15 @@ class Plan:
     inputs: tuple[InputSpec | None, ...]
     graph: Graph | None = field(default=None, compare=False, repr=False)
 
+    def __repr__(self) -> str:
+        name = "" if self.graph is None else f"{type(self.graph.model).__name__}: "
+        macs = self.after.macs / max(1, self.before.macs)
+        parameters = self.after.parameters / max(1, self.before.parameters)
+        return (
+            f"Plan({name}{len(self.groups)} groups, MACs {100 * macs:.1f} % kept, "
+            f"parameters {100 * parameters:.1f} % kept)"
+        )
+
     def kept(self) -> dict[str, dict[int, tuple[int, ...]]]:
         """The kept positions by parameter or buffer, then by dimension."""
         table: dict[str, dict[int, tuple[int, ...]]] = {}
@@ -213,7 +222,7 @@ def plan(
         seed: for score="random".
 
     Raises:
-        ArgumentError: a value is out of range, or a name is unknown.
+        ArgumentError: a value is out of range, a name is unknown, or the model has changed since.
         ArgumentTypeError: an argument has the wrong type.
         TargetError: nothing can be pruned, or the target cannot be met.
     """
@@ -231,6 +240,7 @@ def plan(
     _check_whole("round_to", round_to, 1)
     _check_whole("min_channels", min_channels, 1)
     _check_whole("seed", seed, 0)
+    _require_fresh(graph)
     cost = CostModel(graph)
     tensors = dict(graph.model.named_parameters())
     sizes = [group.size for group in graph.groups]
@@ -247,6 +257,17 @@ def plan(
     values = _importances(graph, stats, score, seed)
     kept = [scores.strongest(v, int(w)) for v, w in zip(values, widths, strict=True)]
     return from_masks(graph, kept, cost)
+
+
+def _require_fresh(graph: Graph) -> None:
+    tensors = {**dict(graph.model.named_parameters()), **dict(graph.model.named_buffers())}
+    for name, shape in graph.shapes.items():
+        if name not in tensors or tuple(tensors[name].shape) != tuple(shape):
+            now = f"has shape {tuple(tensors[name].shape)}" if name in tensors else "is gone"
+            raise ArgumentError(
+                f"the model has changed since it was traced; trace it again with psap.trace(model, "
+                f"example_inputs): {name} had shape {tuple(shape)} and {now}"
+            )
 
 
 def solve_target(

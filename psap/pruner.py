@@ -13,12 +13,21 @@ from torch import Tensor, nn
 from psap import optim, plans, schedule, scores
 from psap.config import Config, Target
 from psap.cost import CostModel
-from psap.errors import ArgumentTypeError, PsapError, StateError, TargetError
+from psap.errors import ArgumentError, ArgumentTypeError, PsapError, StateError, TargetError
 from psap.events import PruneEvent, WindowEvent, event_to_json
 from psap.gates import Bools, Floats, Gates
 from psap.graph import Graph, trace
 from psap.protect import Window, check_trainable
-from psap.pruner_state import COUNTERS, read_state
+from psap.pruner_state import (
+    COUNTERS,
+    Pruned,
+    prune_event,
+    read_state,
+    target_at,
+    warn_due,
+    warn_untrained,
+    window_event,
+)
 from psap.shrink import Result, apply
 
 Ints = schedule.Ints
@@ -39,6 +48,8 @@ class Pruner:
         example_inputs: a tensor, or a tuple of the positional inputs, on the model's device.
         optimizer: the model's optimizer.
         config: what to prune to, and how.
+        keep_optimizer: False for an optimizer whose state cannot be cut by channel (LBFGS,
+            Adafactor): `finish` then gives none.
 
     Raises:
         ArgumentTypeError: an argument has the wrong type.
@@ -57,6 +68,7 @@ class Pruner:
         *,
         optimizer: torch.optim.Optimizer,
         config: Config | None = None,
+        keep_optimizer: bool = True,
     ) -> None:
         config = Config() if config is None else config
         if not isinstance(config, Config):
@@ -69,7 +81,7 @@ class Pruner:
         self.config = config
         self.graph: Graph = trace(model, example_inputs)
         optim.check_optimizer(optimizer, self.graph.model)
-        _require_alone(optimizer)
+        optim.require_alone(optimizer)
         self.cost = CostModel(self.graph)
         self._bounds = schedule.limits(
             [g.size for g in self.graph.groups],
@@ -92,12 +104,11 @@ class Pruner:
         self._sparsity: Floats | None = None
         self._step = self._calls = self._iteration = 0
         self._left = 0
-        self._final = self._finished = False
+        self._final = self._finished = self._closed = False
+        self._keep_optimizer, self._checked = keep_optimizer, not keep_optimizer
+        self._trained = 0  # iterations at the last call of step
         self.events: list[PruneEvent | WindowEvent] = []
-        self._hooks = [
-            optimizer.register_step_pre_hook(self._before_optimizer),
-            optimizer.register_step_post_hook(self._after_optimizer),
-        ]
+        self._hooks = optim.attach(optimizer, self._before_optimizer, self._after_optimizer)
 
     def _require_target(self) -> None:
         if not self.graph.groups:
@@ -124,11 +135,22 @@ class Pruner:
         """One epoch is over: prune if it is time to.
 
         Raises:
-            StateError: after `finish`.
-            PsapError: a weight is not finite; nothing was pruned.
+            StateError: after `finish` or `close`.
+            PsapError: a weight is not finite, or the optimizer's state cannot be cut by channel;
+                nothing was pruned.
+
+        Warns:
+            PsapWarning: the optimizer made no step since the last call.
         """
         if self._finished:
             raise StateError("step() after finish(); train result.model on without the pruner")
+        self._require_open("step")
+        if not self._checked and self._optimizer.state:
+            optim.check_state(self._optimizer, self.graph.model)
+            self._checked = True
+        if self._iteration == self._trained and self._step < self.config.prune_steps:
+            warn_untrained()
+        self._trained = self._iteration
         self._calls += 1
         since = self._calls - self.config.warmup - 1
         due = since >= 0 and since % self.config.interval == 0
@@ -141,11 +163,6 @@ class Pruner:
                 self._calls -= 1  # this call pruned nothing: the next one is due
                 raise
 
-    def _share(self, step: int, bound: float | None) -> float | None:
-        if bound is None:
-            return None
-        return schedule.kept_share(step, self.config.prune_steps, bound, self.config.schedule)
-
     def _prune(self, step: int) -> None:
         """Prune step ``step``: ratios, masks, gates; then a window opens or the masks are final."""
         config = self.config
@@ -153,16 +170,9 @@ class Pruner:
             self.graph, self.gates.weights(), config.sparsity_alpha, config.score
         )
         sparsity = np.array([s.sparsity for s in stats])
-        past = self._sparsity
-        mean = (
-            sparsity
-            if past is None
-            else config.sparsity_ema * past + (1 - config.sparsity_ema) * sparsity
-        )
-        target = Target(
-            macs=self._share(step, config.target.macs),
-            parameters=self._share(step, config.target.parameters),
-        )
+        past, ema = self._sparsity, config.sparsity_ema
+        mean = sparsity if past is None else ema * past + (1 - ema) * sparsity
+        target = target_at(step, config)
         widths = self._widths(mean, target)
         alive = self._choose(stats, widths)
         before = self._alive
@@ -171,7 +181,9 @@ class Pruner:
         self.gates.close(alive)
         self._sparsity, self._step = mean, step
         self._fresh = before & ~alive
-        self._log_prune(target, sparsity, mean, self._fresh, alive & ~before)
+        done = Pruned(target, sparsity, mean, alive, self._fresh, alive & ~before)
+        when = {"step": step, "call": self._calls, "iteration": self._iteration}
+        self.events.append(prune_event(self.cost, self.graph, done, **when))
         if config.protect == "pulse":
             self._window = Window(len(self._alive))
             self._left = config.window
@@ -207,39 +219,6 @@ class Pruner:
         self.gates.saved.clear()
         self.gates.erase(self._alive)
         self.gates.forget(self._alive)
-
-    def _by_group(self, channels: Bools) -> dict[str, list[int]]:
-        found: dict[str, list[int]] = {}
-        for channel in np.flatnonzero(channels).tolist():
-            group = self.graph.groups[self.graph.group_of[channel]]
-            found.setdefault(group.name, []).append(channel - group.start)
-        return found
-
-    def _log_prune(
-        self, target: Target, sparsity: Floats, mean: Floats, pruned: Bools, returned: Bools
-    ) -> None:
-        widths = self._current_widths()
-        cost, dense = self.cost.cost(widths), self.cost.dense
-        names = [g.name for g in self.graph.groups]
-        share = target.macs if target.macs is not None else target.parameters
-        self.events.append(
-            PruneEvent(
-                step=self._step,
-                call=self._calls,
-                iteration=self._iteration,
-                target_share=float(share or 0.0),
-                macs_share=cost.macs / max(1, dense.macs),
-                parameters_share=cost.parameters / max(1, dense.parameters),
-                sparsity=dict(zip(names, sparsity.tolist(), strict=True)),
-                sparsity_ema=dict(zip(names, mean.tolist(), strict=True)),
-                widths=dict(zip(names, widths.tolist(), strict=True)),
-                pruned=self._by_group(pruned),
-                returned=self._by_group(returned),
-            )
-        )
-
-    def _current_widths(self) -> Ints:
-        return np.bincount(self.graph.group_of[self._alive], minlength=len(self.graph.groups))
 
     # Supervision
 
@@ -292,48 +271,50 @@ class Pruner:
             self._alive = (self._alive | verdict.restored) & ~verdict.dropped
             self._bonus[verdict.restored] += self.config.restore_bonus
             self.gates.close(self._alive)
-        supervised = {name: len(found) for name, found in self._by_group(self._fresh).items()}
-        self.events.append(
-            WindowEvent(
-                step=self._step,
-                iteration=self._iteration,
-                observed=self._window.observed,
-                skipped=self._window.skipped,
-                supervised=supervised,
-                candidates=verdict.candidates,
-            )
-        )
+        when = {"step": self._step, "iteration": self._iteration}
+        self.events.append(window_event(self.graph, self._window, verdict, self._fresh, **when))
         self._fresh = np.zeros_like(self._alive)
         if last:
             self._finalise()
 
     # The end
 
-    def finish(self, *, inplace: bool = False) -> Result:
+    def finish(self, *, keep_optimizer: bool = True, inplace: bool = False) -> Result:
         """Remove the pruned channels physically.
 
         If prune steps are still due, they are made up for at once, so that the target always holds.
 
         Args:
+            keep_optimizer: with False, or if it was False for the `Pruner`, the result has no
+                optimizer.
             inplace: change the model and the optimizer that were given, instead of making new ones.
 
         Returns:
             The small network, its optimizer with all state, the plan, and the record of the run.
 
         Raises:
-            StateError: it was called before.
+            ArgumentError: ``inplace`` without the optimizer.
+            StateError: it was called before, or after `close`.
+            PsapError: the optimizer's state cannot be cut by channel.
             VerificationError: the small network would not equal the masked one; model and optimizer
                 stay usable, and `finish` may be called again.
+
+        Warns:
+            PsapWarning: prune steps were still due.
         """
         if self._finished:
             raise StateError("finish() was already called; use the result that it returned")
-        if self._left:
-            self._close_window()
-        if not self._final:
-            if self._step < self.config.prune_steps:
-                self._prune(self.config.prune_steps)
-            if self._left:
-                self._close_window()
+        self._require_open("finish")
+        keep = keep_optimizer and self._keep_optimizer
+        if inplace and not keep:
+            raise ArgumentError(
+                "finish(inplace=True) with keep_optimizer=False would leave the optimizer with "
+                "state of the wrong shapes; call finish(keep_optimizer=False), and make a new "
+                "optimizer for result.model"
+            )
+        if self._step < self.config.prune_steps:
+            warn_due(self.config.prune_steps - self._step, self.config.prune_steps)
+        self._catch_up()
         kept = [
             np.flatnonzero(self._alive[g.start : g.start + g.size]).tolist()
             for g in self.graph.groups
@@ -342,16 +323,38 @@ class Pruner:
         result = apply(
             self.graph.model,
             plan,
-            optimizer=self._optimizer,
+            optimizer=self._optimizer if keep else None,
             check=self.config.verify,
             inplace=inplace,
         )
-        for hook in self._hooks:
-            hook.remove()
         self._finished = True
+        self.close()
         result.report["events"] = [event_to_json(event) for event in self.events]
         result.report["config"] = asdict(self.config)
         return result
+
+    def _catch_up(self) -> None:
+        """Make the masks final now."""
+        if self._left:
+            self._close_window()
+        if not self._final:
+            if self._step < self.config.prune_steps:
+                self._prune(self.config.prune_steps)
+            if self._left:
+                self._close_window()
+
+    def close(self) -> None:
+        """Give the optimizer up, so that another `Pruner` can use it; `finish` does this itself.
+
+        Weights stay as they are; the channels that were pruned are no longer held. It may be
+        called again.
+        """
+        self._closed = True
+        optim.detach(self._hooks)
+
+    def _require_open(self, call: str) -> None:
+        if self._closed:
+            raise StateError(f"{call}() after close(); make a new Pruner for the model")
 
     # State
 
@@ -383,18 +386,11 @@ class Pruner:
         """
         if self._finished:
             raise StateError("load_state_dict() after finish(); make a new Pruner for it")
+        self._require_open("load_state_dict")
         found = read_state(state, self.config, self.gates)
         self.gates.saved = found.saved
         self._alive, self._fresh, self._bonus = found.alive, found.fresh, found.bonus
         self._window, self._sparsity, self.events = found.window, found.sparsity, found.events
         for name, value in found.counters.items():
             setattr(self, f"_{name}", value)
-
-
-def _require_alone(optimizer: torch.optim.Optimizer) -> None:
-    hooks = optimizer._optimizer_step_pre_hooks.values()
-    if any(isinstance(getattr(hook, "__self__", None), Pruner) for hook in hooks):
-        raise StateError(
-            "another Pruner already works on this optimizer; call its finish(), or make a new "
-            "optimizer"
-        )
+        self._trained = -1  # a state may be taken after the training of an epoch, before its step

@@ -1,7 +1,11 @@
-"""The state dict of a pruner, read with suspicion: all is checked before any of it is used."""
+"""What a pruner says, writes and reads: warnings, events, and a state that is not trusted.
+
+All of a state is checked before any of it is used.
+"""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,14 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from psap import plans
-from psap.config import Config
-from psap.errors import PsapError, StateError
+from psap import plans, schedule
+from psap.config import Config, Target
+from psap.cost import CostModel
+from psap.errors import PsapError, PsapWarning, StateError
 from psap.events import PruneEvent, WindowEvent, event_from_json
 from psap.gates import Bools, Floats, Gates, Saved
-from psap.graph import Side
-from psap.protect import Window
+from psap.graph import Graph, Side
+from psap.protect import Verdict, Window
 
+Ints = schedule.Ints
 COUNTERS = ("step", "calls", "iteration", "left", "final")
 
 
@@ -32,6 +38,106 @@ class PrunerState:
     sparsity: Floats | None
     saved: dict[Side, Saved]
     events: list[PruneEvent | WindowEvent]
+
+
+def by_group(graph: Graph, channels: Bools) -> dict[str, list[int]]:
+    """The channels that are set, as indices within their group, by the group's name."""
+    found: dict[str, list[int]] = {}
+    for channel in np.flatnonzero(channels).tolist():
+        group = graph.groups[graph.group_of[channel]]
+        found.setdefault(group.name, []).append(channel - group.start)
+    return found
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """One prune step, as arrays: floats [groups], bools [channels]."""
+
+    target: Target
+    sparsity: Floats
+    mean: Floats
+    alive: Bools
+    pruned: Bools
+    returned: Bools
+
+
+def prune_event(cost: CostModel, graph: Graph, done: Pruned, **when: int) -> PruneEvent:
+    """The record of one prune step.
+
+    Args:
+        cost: the cost model of the graph.
+        graph: the channel graph.
+        done: what the step did.
+        when: step, call and iteration.
+    """
+    widths: Ints = np.bincount(graph.group_of[done.alive], minlength=len(graph.groups))
+    after, dense = cost.cost(widths), cost.dense
+    names = [g.name for g in graph.groups]
+    target = done.target
+    share = target.macs if target.macs is not None else target.parameters
+    return PruneEvent(
+        **when,
+        target_share=float(share or 0.0),
+        macs_share=after.macs / max(1, dense.macs),
+        parameters_share=after.parameters / max(1, dense.parameters),
+        sparsity=dict(zip(names, done.sparsity.tolist(), strict=True)),
+        sparsity_ema=dict(zip(names, done.mean.tolist(), strict=True)),
+        widths=dict(zip(names, widths.tolist(), strict=True)),
+        pruned=by_group(graph, done.pruned),
+        returned=by_group(graph, done.returned),
+    )
+
+
+def window_event(
+    graph: Graph, window: Window, verdict: Verdict, fresh: Bools, **when: int
+) -> WindowEvent:
+    """The record of one window.
+
+    Args:
+        graph: the channel graph.
+        window: the window.
+        verdict: what it found.
+        fresh: bool [channels], what it supervised.
+        when: step and iteration.
+    """
+    return WindowEvent(
+        **when,
+        observed=window.observed,
+        skipped=window.skipped,
+        supervised={name: len(found) for name, found in by_group(graph, fresh).items()},
+        candidates=verdict.candidates,
+    )
+
+
+def target_at(step: int, config: Config) -> Target:
+    """What a prune step reaches on the way to the target."""
+
+    def share(bound: float | None) -> float | None:
+        if bound is None:
+            return None
+        return schedule.kept_share(step, config.prune_steps, bound, config.schedule)
+
+    return Target(macs=share(config.target.macs), parameters=share(config.target.parameters))
+
+
+def warn_untrained() -> None:
+    """Warn the caller of `psap.Pruner.step`."""
+    warnings.warn(
+        "step() was called, but the optimizer made no step since the last call; train between the "
+        "calls, and pass to Pruner the optimizer that trains the model",
+        PsapWarning,
+        stacklevel=3,
+    )
+
+
+def warn_due(due: int, steps: int) -> None:
+    """Warn the caller of `psap.Pruner.finish` of prune steps that were still due."""
+    warnings.warn(
+        f"finish() makes up for {due} of {steps} prune steps at once, which costs accuracy; train "
+        "for more epochs, with step() after each, or lower Config.prune_steps",
+        PsapWarning,
+        stacklevel=3,
+    )
 
 
 def read_state(state: Any, config: Config, gates: Gates) -> PrunerState:

@@ -27,7 +27,10 @@ class Measured:
     """What a run measured beside the plan; None where it did not.
 
     Attributes:
-        dense_accuracy: of the dense network on the test images, in [0, 1].
+        dense_accuracy: of a dense network that was trained for as long as the small one, on the
+            test images, in [0, 1].
+        began_accuracy: of the dense network on these images when pruning began. It had trained
+            for less time than the small network, so their difference is not shown.
         small_accuracy: of the small network on the same images.
         dense_bytes: size of the dense network's file.
         small_bytes: size of the small network's file.
@@ -38,6 +41,7 @@ class Measured:
     """
 
     dense_accuracy: float | None = None
+    began_accuracy: float | None = None
     small_accuracy: float | None = None
     dense_bytes: int | None = None
     small_bytes: int | None = None
@@ -150,6 +154,7 @@ def _compare(result: Result, measured: Measured) -> dict[str, Any]:
     return {
         "batch": measured.batch,
         "threads": torch_.a.threads if torch_ else None,
+        "accuracy_when_pruning_began": measured.began_accuracy,
         "dense": {
             "accuracy": measured.dense_accuracy,
             "macs": plan.before.macs,
@@ -183,6 +188,9 @@ def summary(found: Mapping[str, Any]) -> Table:
         pair = [None if side[key] is None else side[key] for side in (dense, small)]
         cells = ["-" if value is None else form.format(value) for value in pair]
         table.add_row(name, *cells, _change(key, *pair))
+        began = found["compare"].get("accuracy_when_pruning_began")
+        if key == "accuracy" and began is not None:
+            table.add_row("accuracy, dense, when pruning began", form.format(began), "", "")
     batch = found["compare"]["batch"]
     for name, key in (("PyTorch", "latency_ms"), ("ONNX Runtime", "onnx_latency_ms")):
         if dense[key] and small[key]:

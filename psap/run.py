@@ -29,7 +29,7 @@ from psap.run_files import (
     FORMAT,
     VERSION,
     load_weights,
-    prepare_folder,
+    output_folder,
     read_checkpoint,
 )
 from psap.shrink import Result, apply
@@ -65,14 +65,15 @@ def train(
         KeyboardInterrupt: after Ctrl-C, when the checkpoint is written.
     """
     listener = listener or Silent()
-    folder = prepare_folder(config.out)
-    tree = read_checkpoint(folder, config) if resume else None
-    if tree is None and (folder / CHECKPOINT).exists():
-        raise FileError(
-            f"{folder} holds a run already; resume it (--resume), or choose another folder, or "
-            f"remove {folder / CHECKPOINT}"
-        )
-    with _threads(tree["threads"] if tree else config.threads), Stop() as stop:
+    with output_folder(config.out) as folder, _threads(config.cpu_threads()), Stop() as stop:
+        tree = read_checkpoint(folder, config) if resume else None
+        if tree is not None:
+            torch.set_num_threads(tree["threads"])
+        elif (folder / CHECKPOINT).exists():
+            raise FileError(
+                f"{folder} holds a run already; resume it (--resume), or choose another folder, or "
+                f"remove {folder / CHECKPOINT}"
+            )
         run = Run(config, tree)
         if tree is None:
             run.save()
@@ -310,7 +311,7 @@ class Run:
         batch = self.example[:1].expand(min(self.config.batch_size, 128), -1, -1, -1)
         batch = batch.contiguous(memory_format=torch.channels_last)
         measured = record.Measured(
-            dense_accuracy=self.dense_accuracy,
+            began_accuracy=self.dense_accuracy,
             small_accuracy=evaluate(self.model, self.data.test, self.device),
             dense_bytes=record.state_bytes(dense),
             small_bytes=measure.file_size(small),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,29 @@ FORMAT = "psap-run"
 VERSION = 1
 
 
-def prepare_folder(out: str) -> Path:
-    """Make the output folder, and check that files can be written there.
+@contextmanager
+def output_folder(out: str) -> Iterator[Path]:
+    """Make the output folder; after an error, remove again what was made and is still empty.
 
     Raises:
-        FileError: they cannot.
+        FileError: no files can be written there.
     """
     folder = Path(out)
+    made = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
+    try:
+        _prepare(folder, out)
+        yield folder
+    except BaseException:
+        for path in made:
+            try:
+                path.rmdir()
+            except OSError:  # there is something in it, or it was not made
+                continue
+        raise
+
+
+def _prepare(folder: Path, out: str) -> None:
+    """Make the folder, and check that files can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".psap-{os.getpid()}"
@@ -34,7 +52,6 @@ def prepare_folder(out: str) -> Path:
         raise FileError(
             f"out is {out!r}, which cannot be written: {error.strerror}; choose another folder"
         ) from error
-    return folder
 
 
 def load_weights(model: nn.Module, path: str) -> None:

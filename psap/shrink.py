@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import psap_kernels
 from psap import optim
 from psap.errors import ArgumentError, ArgumentTypeError, VerificationError
-from psap.graph.trace import as_inputs, check_model
+from psap.graph.inputs import as_inputs, check_model
 from psap.plans import Plan, fingerprint
 from psap.program import program
 from psap.verify import Verification, copied, verify

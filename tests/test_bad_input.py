@@ -203,6 +203,7 @@ def test_mistakes_are_named(mistake: str) -> None:
         assert isinstance(info.value, TypeError)
 
 
+@pytest.mark.filterwarnings(r"ignore:finish\(\) makes up:psap.PsapWarning")
 def test_a_constructor_that_fails_leaves_model_and_optimizer_as_they_were() -> None:
     model = Chain().train()
     model.bn1.eval()
@@ -220,6 +221,7 @@ def test_a_constructor_that_fails_leaves_model_and_optimizer_as_they_were() -> N
     build(model, opt=opt, target=psap.Target(macs=0.5)).finish()  # and then it works
 
 
+@pytest.mark.filterwarnings(r"ignore:finish\(\) makes up:psap.PsapWarning")
 def test_two_pruners_on_one_optimizer_are_refused() -> None:
     model, opt, pruner = make("chain")
     with pytest.raises(psap.StateError, match=r"another Pruner already works on this optimizer"):
@@ -295,6 +297,7 @@ class Fixed(nn.Module):
         return self.conv2(x.view(-1, 8, 8, 8)).mean((2, 3))
 
 
+@pytest.mark.filterwarnings(r"ignore:finish\(\) makes up:psap.PsapWarning")
 def test_in_place_is_refused_where_only_a_new_module_will_do() -> None:
     model = Fixed()
     opt = torch.optim.SGD(model.parameters(), 0.1)
@@ -309,6 +312,8 @@ def test_in_place_is_refused_where_only_a_new_module_will_do() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("protect", ["gate", "pulse"])
+@pytest.mark.filterwarnings(r"ignore:step\(\) was called:psap.PsapWarning")
+@pytest.mark.filterwarnings(r"ignore:finish\(\) makes up:psap.PsapWarning")
 def test_a_weight_that_is_not_finite_stops_the_step(value: float, protect: str) -> None:
     model, opt, pruner = make("chain", protect=protect, interval=2)
     train(model, opt, pruner)
@@ -369,6 +374,7 @@ def test_a_target_of_one_prunes_nothing() -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.filterwarnings(r"ignore:step\(\) was called:psap.PsapWarning")
 def test_a_run_without_gradients_or_with_parameters_that_never_get_one() -> None:
     model, opt, pruner = make("chain", protect="pulse", window=2)
     pruner.step()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import io
 import json
 import os
 import shutil
@@ -10,16 +12,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 import psap
-from psap import record
+from psap import data, record
 from psap.cli import main
 from psap.models import digits_resnet
+from psap.run_config import RunConfig
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--target-macs", "0.5", "--epochs", "3", "--dense-epochs", "0", "--prune-epochs", "2"]
@@ -193,6 +198,45 @@ def test_prune_refuses(
     assert message in fails(["prune", *args, "--out", str(tmp_path / "run")], capsys)
 
 
+def test_a_dense_network_that_trained_for_less_time_is_no_reference(run: Path) -> None:
+    found = json.loads((run / "record.json").read_text())
+    assert found["compare"]["dense"]["accuracy"] is None
+    found["compare"]["accuracy_when_pruning_began"] = 0.5
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(record.summary(found))
+    shown = console.export_text()
+    (line,) = [line for line in shown.splitlines() if "accuracy, dense, when pruning began" in line]
+    assert "50.00%" in line
+    assert "points" not in shown
+    found["compare"]["dense"]["accuracy"] = found["compare"]["small"]["accuracy"]
+    console.print(record.summary(found))
+    assert "+0.00 points" in console.export_text()
+
+
+@pytest.mark.parametrize("more", [["--weights", "a.pt"], ["--device", "abacus"], ["--resume"]])
+def test_a_refused_run_leaves_no_empty_folder(
+    more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes").touch()
+    for folder in ("mine", "full", "new", "new/run"):
+        fails(["prune", *TINY, *more, "--out", str(tmp_path / folder)], capsys)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["full", "mine", "notes"]
+
+
+def test_digits_take_one_thread_unless_told_otherwise() -> None:
+    assert RunConfig(target_macs=0.5).cpu_threads() == 1
+    assert RunConfig(target_macs=0.5, threads=2).cpu_threads() == 2
+    assert RunConfig(target_macs=0.5, data="cifar10").cpu_threads() is None
+
+
+def test_repr_of_data_is_short() -> None:
+    assert repr(data.load("digits")) == (
+        "DataSpec('digits', num_classes=10, channels=1, size=8, train=1294, val=144, test=359)"
+    )
+
+
 def test_prune_refuses_a_folder_that_is_not_writable(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -212,6 +256,30 @@ def test_prune_refuses_to_resume_with_other_settings(
         f"{run / 'checkpoint.safetensors'} belongs to a run with other settings: seed was 0 and is "
         "7; resume with the same ones"
     )
+
+
+def test_demo_trains_both_networks_for_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("demo", ROOT / "examples" / "digits.py")
+    assert spec is not None and spec.loader is not None
+    demo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(demo)
+    plain, calls = demo.fit, []
+
+    def fit(model: nn.Module, optimizer: object, digits: object, log: list, **how: Any) -> None:
+        calls.append((how["phase"], how["epochs"], how["lr"], len(log)))
+        plain(model, optimizer, digits, log, **how)
+
+    monkeypatch.setattr(demo, "fit", fit)
+    for name, epochs in (("DENSE", 1), ("PRUNE", 6), ("FINETUNE", 2)):
+        monkeypatch.setattr(demo, name, epochs)
+    log: list[dict[str, Any]] = []
+    dense, result = demo.train(data.load("digits", batch_size=512), log)
+    unpruned = [call[1:] for call in calls if call[0] == "unpruned"]
+    assert unpruned == [call[1:] for call in calls if call[0] in ("prune", "finetune")]
+    assert sum(epochs for epochs, _, _ in unpruned) == 8
+    assert [entry["phase"] for entry in log] == ["dense", *["prune"] * 6, *["finetune"] * 2]
+    assert psap.trace(dense, torch.zeros(1, 1, 8, 8)).groups[0].size == 16
+    assert result.plan.after.macs <= 0.25 * result.plan.before.macs
 
 
 def test_speed_is_said_in_words() -> None:

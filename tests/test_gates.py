@@ -92,6 +92,7 @@ def test_protect_none_and_eps_zero_close_for_good() -> None:
         assert model.conv1.weight[rows].all()
 
 
+@pytest.mark.filterwarnings(r"ignore:step\(\) was called:psap.PsapWarning")
 def test_soft_between_windows_the_gated_pair_trains() -> None:
     model, opt, pruner = make("chain", protect="gate")
     pruner.step()
@@ -104,6 +105,7 @@ def test_soft_between_windows_the_gated_pair_trains() -> None:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("net", ["chain", "plain", "residual", "preact", "mobile", "smooth"])
+@pytest.mark.filterwarnings(r"ignore:step\(\) was called:psap.PsapWarning")
 def test_held_rows_do_not_move_in_a_window_and_come_back_exactly(net: str, optimizer: str) -> None:
     """In spite of weight decay and momentum; running statistics come back as well."""
     model, opt, pruner = make(net, optimizer=optimizer, protect="pulse", window=5, warmup=1)
@@ -136,6 +138,7 @@ def test_held_rows_do_not_move_in_a_window_and_come_back_exactly(net: str, optim
     assert not any(saved.rows.numel() for saved in pruner.gates.saved.values())
 
 
+@pytest.mark.filterwarnings(r"ignore:step\(\) was called:psap.PsapWarning")
 def test_a_channel_pruned_twice_keeps_its_first_copy() -> None:
     model, opt, pruner = make("chain")
     before = snapshot(model)
@@ -241,6 +244,7 @@ def test_any_gradient_that_is_not_finite_gives_no_derivative(name: str, value: f
     assert pruner.gates.derivative() is None
 
 
+@pytest.mark.filterwarnings(r"ignore:step\(\) was called:psap.PsapWarning")
 def test_gradients_of_pruned_channels_are_cleared_and_no_others() -> None:
     model, opt, pruner = make("residual", protect="pulse")
     pruner.step()
@@ -256,6 +260,7 @@ def test_gradients_of_pruned_channels_are_cleared_and_no_others() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.filterwarnings(r"ignore:step\(\) was called:psap.PsapWarning")
 def test_other_dtypes_close_and_open_exactly(dtype: torch.dtype) -> None:
     model, _, pruner = make("chain", dtype=dtype)
     before = snapshot(model)
@@ -267,6 +272,7 @@ def test_other_dtypes_close_and_open_exactly(dtype: torch.dtype) -> None:
         assert torch.equal(tensor, before[name]), name
 
 
+@pytest.mark.filterwarnings(r"ignore:step\(\) was called:psap.PsapWarning")
 def test_an_empty_parameter_and_a_missing_gradient_do_no_harm() -> None:
     class Odd(Chain):
         def __init__(self) -> None:
@@ -287,6 +293,7 @@ def test_an_empty_parameter_and_a_missing_gradient_do_no_harm() -> None:
     assert np.abs(pruner._window.sums[0]).max() > 0
 
 
+@pytest.mark.filterwarnings(r"ignore:step\(\) was called:psap.PsapWarning")
 def test_a_module_that_was_replaced_is_named() -> None:
     _, _, pruner = make("chain")
     pruner.gates._parameters.pop("bn1.weight")

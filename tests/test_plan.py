@@ -218,3 +218,24 @@ def test_equal_channels_are_taken_from_the_end() -> None:
             parameter.fill_(1.0)
     plan = psap.plan(psap.trace(model, torch.zeros(1, 3, 8, 8)), ratio=0.5)
     assert plan.groups[0].kept == (0, 1, 2)
+
+
+def test_a_model_that_changed_since_the_trace_is_refused() -> None:
+    graph = _graph(8, 6)
+    psap.apply(graph.model, psap.plan(graph, ratio=0.5), inplace=True)
+    with pytest.raises(
+        psap.ArgumentError, match=r"the model has changed since it was traced; trace it again"
+    ):
+        psap.plan(graph, ratio=0.5)
+    assert psap.plan(psap.trace(graph.model, image()), ratio=0.5).groups[0].size == 4
+    del graph.model[0]
+    with pytest.raises(psap.ArgumentError, match=r"the model has changed.* \d\.\w+ had shape"):
+        psap.plan(graph, ratio=0.5)
+
+
+def test_a_plan_prints_as_one_line() -> None:
+    found = psap.plan(_graph(1000, 600), ratio=0.5)
+    share = 100 * found.after.macs / found.before.macs
+    assert repr(found).startswith(f"Plan(Sequential: 2 groups, MACs {share:.1f} % kept, parameters")
+    assert len(repr(found)) < 100
+    assert repr(psap.Plan.from_json(found.to_json())).startswith("Plan(2 groups, MACs ")

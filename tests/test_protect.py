@@ -176,6 +176,7 @@ def useful(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
+@pytest.mark.filterwarnings(r"ignore:step\(\) was called:psap.PsapWarning")
 def test_before_the_last_step_restored_channels_exceed_the_budget(useful: None) -> None:
     model, opt, pruner = make("chain", protect="pulse", restore_share=0.5)
     before = {n: t.detach().clone() for n, t in model.state_dict().items()}
@@ -206,6 +207,7 @@ def test_before_the_last_step_restored_channels_exceed_the_budget(useful: None) 
     assert pruner.events[-1].macs_share <= pruner.events[-1].target_share
 
 
+@pytest.mark.filterwarnings(r"ignore:step\(\) was called:psap.PsapWarning")
 def test_the_last_window_swaps_and_keeps_the_budget(useful: None) -> None:
     model, opt, pruner = make("chain", protect="pulse", prune_steps=1, restore_share=0.5)
     pruner.step()
@@ -223,6 +225,7 @@ def test_the_last_window_swaps_and_keeps_the_budget(useful: None) -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.filterwarnings(r"ignore:step\(\) was called:psap.PsapWarning")
 def test_a_gradient_that_is_not_finite_is_skipped_and_the_optimizer_goes_on(bad: float) -> None:
     model, opt, pruner = make("chain", protect="pulse", window=3)
     pruner.step()
@@ -243,6 +246,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_the_optimizer_goes_on(bad:
     assert (event.observed, event.skipped) == (1, 2)
 
 
+@pytest.mark.filterwarnings(r"ignore:step\(\) was called:psap.PsapWarning")
 def test_a_window_of_bad_gradients_only_restores_nothing() -> None:
     model, opt, pruner = make("chain", protect="pulse", window=2, z_threshold=0.0, restore_share=1)
     pruner.step()

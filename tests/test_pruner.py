@@ -130,6 +130,7 @@ def test_prune_steps_are_those_of_the_oracle(case: str, share: float) -> None:
     assert pruner.done
 
 
+@pytest.mark.filterwarnings(r"ignore:step\(\) was called:psap.PsapWarning")
 def test_bonus_and_stickiness_rank_before_the_norm() -> None:
     model, _, pruner = make("chain", target=psap.Target(macs=0.7), prune_steps=1)
     group = pruner.graph.groups[0]
@@ -284,6 +285,7 @@ def test_the_pruner_computes_the_same_bits_on_any_number_of_threads(net: Any) ->
 
 @pytest.mark.parametrize("calls", [0, 1, 2])
 @pytest.mark.parametrize("protect", ["gate", "pulse", "none"])
+@pytest.mark.filterwarnings(r"ignore:finish\(\) makes up:psap.PsapWarning")
 def test_an_early_finish_meets_the_target(calls: int, protect: str) -> None:
     model, opt, pruner = make("chain", protect=protect, prune_steps=5, window=9)
     train(model, opt, pruner, epochs=calls, iterations=2)
@@ -294,6 +296,7 @@ def test_an_early_finish_meets_the_target(calls: int, protect: str) -> None:
     assert pruner.events[-1].step == 5
 
 
+@pytest.mark.filterwarnings(r"ignore:step\(\) was called:psap.PsapWarning")
 def test_warmup_and_interval_say_which_calls_prune() -> None:
     _, _, pruner = make("chain", warmup=2, interval=3, prune_steps=3)
     for _ in range(12):
@@ -303,6 +306,7 @@ def test_warmup_and_interval_say_which_calls_prune() -> None:
     assert [e.step for e in prunes] == [1, 2, 3]
 
 
+@pytest.mark.filterwarnings(r"ignore:finish\(\) makes up:psap.PsapWarning")
 def test_both_bounds_hold_and_the_parameter_bound_alone() -> None:
     for target in (psap.Target(macs=0.6, parameters=0.3), psap.Target(parameters=0.3)):
         _, _, pruner = make("chain", target=target)
@@ -312,6 +316,7 @@ def test_both_bounds_hold_and_the_parameter_bound_alone() -> None:
         assert share == (0.6 if target.macs else 0.3)
 
 
+@pytest.mark.filterwarnings(r"ignore:finish\(\) makes up:psap.PsapWarning")
 def test_the_stream_factor_spares_residual_streams() -> None:
     widths = {}
     for factor in (1.0, 0.3):
@@ -322,6 +327,7 @@ def test_the_stream_factor_spares_residual_streams() -> None:
     assert widths[0.3]["conv1"] < widths[1.0]["conv1"]
 
 
+@pytest.mark.filterwarnings(r"ignore:finish\(\) makes up:psap.PsapWarning")
 def test_round_to_gives_multiples() -> None:
     _, _, pruner = make("chain", round_to=4, target=psap.Target(macs=0.5))
     result = pruner.finish()

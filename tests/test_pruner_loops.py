@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import psap
 
 
+@pytest.mark.filterwarnings(r"ignore:step\(\) was called:psap.PsapWarning")
 def test_scaler_that_skips_steps() -> None:
     model, opt, pruner = make("chain", protect="pulse")
     pruner.step()
@@ -35,6 +36,7 @@ def test_scaler_that_skips_steps() -> None:
 
 
 @pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.filterwarnings(r"ignore:step\(\) was called:psap.PsapWarning")
 def test_the_scale_of_the_loss_is_taken_out(fused: bool) -> None:
     sums = []
     for enabled in (True, False):
@@ -69,6 +71,7 @@ def test_a_closure_is_supervised_once_per_step() -> None:
     assert pruner.events[-1].observed == 3
 
 
+@pytest.mark.filterwarnings(r"ignore:step\(\) was called:psap.PsapWarning")
 def test_lbfgs_calls_its_closure_many_times() -> None:
     model = Chain()
     opt = torch.optim.LBFGS(model.parameters(), max_iter=3)

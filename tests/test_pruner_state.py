@@ -233,6 +233,7 @@ def test_states_of_other_models_and_configurations_are_refused() -> None:
             pruner.load_state_dict(other[2].state_dict())
 
 
+@pytest.mark.filterwarnings(r"ignore:finish\(\) makes up:psap.PsapWarning")
 def test_a_finished_pruner_takes_no_state() -> None:
     _, _, pruner = make("chain")
     state = pruner.state_dict()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import signal
 import subprocess
@@ -14,7 +13,6 @@ from typing import Any, get_type_hints
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -22,7 +20,6 @@ from psap import run as runs
 from psap.data import DataName, Loader
 from psap.errors import ArgumentError, ArgumentTypeError, FileError, PsapError, StateError
 from psap.models.resnet import PaddedBlock
-from psap.record import summary
 from psap.run import train
 from psap.run_config import RunConfig, difference
 
@@ -232,42 +229,7 @@ def test_weights_skip_the_dense_phase(tmp_path: Path) -> None:
     assert [entry["phase"] for entry in record["history"]] == ["prune", "prune", "finetune"]
 
 
-def test_a_dense_network_that_trained_for_less_time_is_no_reference(finished: Path) -> None:
-    record = json.loads((finished / "record.json").read_text())
-    console = Console(width=100, record=True, file=io.StringIO())
-    console.print(summary(record))
-    shown = console.export_text()
-    began = record["compare"]["accuracy_when_pruning_began"]
-    (line,) = [line for line in shown.splitlines() if "dense, when pruning began" in line]
-    assert f"{began:.2%}" in line
-    assert "points" not in shown
-    record["compare"]["dense"]["accuracy"] = record["compare"]["small"]["accuracy"]
-    console.print(summary(record))
-    assert "+0.00 points" in console.export_text()
-
-
 # Refusals
-
-
-@pytest.mark.parametrize(
-    ("changes", "resume"), [({"weights": "a.pt"}, False), ({"device": "abacus"}, False), ({}, True)]
-)
-def test_a_refused_run_leaves_no_empty_folder(
-    changes: dict[str, Any], resume: bool, tmp_path: Path
-) -> None:
-    with pytest.raises(PsapError, match=r"a\.pt|abacus|no run to resume"):
-        train(settings(tmp_path / "new" / "run", **changes), resume=resume)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_refused_run_leaves_folders_that_were_there(tmp_path: Path) -> None:
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "notes").touch()
-    for folder in ("mine", "full"):
-        with pytest.raises(ArgumentError, match="abacus"):
-            train(settings(tmp_path / folder, device="abacus"))
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["full", "mine", "notes"]
 
 
 def test_keeps_the_last_good_checkpoint_when_training_diverges(tmp_path: Path) -> None:
@@ -417,18 +379,6 @@ def test_difference_names_the_setting_but_not_places() -> None:
     assert difference(config.to_json(), RunConfig(target_macs=0.5, out="elsewhere")) is None
     changed = difference(config.to_json(), RunConfig(target_macs=0.5, seed=3))
     assert changed == "seed was 0 and is 3"
-
-
-def test_digits_take_one_thread_unless_told_otherwise() -> None:
-    assert RunConfig(target_macs=0.5).cpu_threads() == 1
-    assert RunConfig(target_macs=0.5, threads=2).cpu_threads() == 2
-    assert RunConfig(target_macs=0.5, data="cifar10").cpu_threads() is None
-
-
-def test_repr_of_data_is_short() -> None:
-    assert repr(runs.data.load("digits")) == (
-        "DataSpec('digits', num_classes=10, channels=1, size=8, train=1294, val=144, test=359)"
-    )
 
 
 def test_knows_all_data_sets() -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from psap.data.loader import Augment, Images, Loader, Normalise, Subset, split
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class DataSpec:
     """A data set for image classification.
 
@@ -28,6 +28,12 @@ class DataSpec:
     train: Loader
     val: Loader | None
     test: Loader
+
+    def __repr__(self) -> str:
+        parts = {"train": self.train, "val": self.val, "test": self.test}
+        counts = ", ".join(f"{k}={len(v.images)}" for k, v in parts.items() if v is not None)
+        shape = f"channels={self.channels}, size={self.size}"
+        return f"DataSpec({self.name!r}, num_classes={self.num_classes}, {shape}, {counts})"
 
     @property
     def num_classes(self) -> int:

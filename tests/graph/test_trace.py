@@ -64,12 +64,14 @@ def test_unchanged_buffers_are_not_written() -> None:
 
 
 @pytest.mark.parametrize("when", [None, False])
-@pytest.mark.parametrize("error", [ValueError("broken"), KeyboardInterrupt(), SystemExit(3)])
+@pytest.mark.parametrize(
+    "error", [ValueError("broken"), KeyboardInterrupt("broken"), SystemExit("broken")]
+)
 def test_a_failure_leaves_no_trace(error: BaseException, when: bool | None) -> None:
     model = Failing(error, when).double().train()
     before = snapshot(model)
     expected = psap.TraceError if isinstance(error, Exception) else type(error)
-    with pytest.raises(expected, match="broken" if isinstance(error, Exception) else str(error)):
+    with pytest.raises(expected, match="broken"):
         psap.trace(model, image())
     assert_same(before, snapshot(model))
 

@@ -1,0 +1,134 @@
+"""Dead ends and silent misuse of a pruner: what is said, when, and that there is a way on."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from pruner_nets import Chain, backward, inputs, make, train
+
+import psap
+
+CONFIG = psap.Config(target=psap.Target(macs=0.5), prune_steps=2)
+UNCUT: dict[str, Any] = {
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),
+    "lbfgs": lambda p: torch.optim.LBFGS(p, max_iter=1),
+}
+
+
+def uncut(kind: str, **options: Any) -> tuple[Chain, torch.optim.Optimizer, psap.Pruner]:
+    model = Chain()
+    opt = UNCUT[kind](model.parameters())
+    return model, opt, psap.Pruner(model, inputs(), optimizer=opt, config=CONFIG, **options)
+
+
+def epoch(model: Chain, opt: torch.optim.Optimizer) -> None:
+    for seed in range(2):
+        opt.step(lambda seed=seed: torch.tensor(backward(model, opt, seed)))  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("kind", UNCUT)
+def test_state_that_cannot_be_cut_is_refused_in_the_first_epoch(kind: str) -> None:
+    model, opt, pruner = uncut(kind)
+    epoch(model, opt)
+    for _ in range(2):
+        with pytest.raises(psap.PsapError, match=r"such as SGD or AdamW.*keep_optimizer=False"):
+            pruner.step()
+    assert not pruner.events
+
+
+@pytest.mark.parametrize("kind", UNCUT)
+def test_a_pruner_that_does_not_keep_the_optimizer_goes_to_the_end(kind: str) -> None:
+    model, opt, pruner = uncut(kind, keep_optimizer=False)
+    for _ in range(2):
+        epoch(model, opt)
+        pruner.step()
+    result = pruner.finish()
+    assert result.optimizer is None
+    assert result.plan.after.macs <= 0.5 * result.plan.before.macs
+    assert result.model.conv1.out_channels == len(result.plan.groups[0].kept) < 8
+
+
+def test_finish_without_the_optimizer_saves_the_training() -> None:
+    model, opt, pruner = make("chain", prune_steps=1)
+    train(model, opt, pruner)
+    opt.state[model.conv1.weight]["factor"] = torch.zeros(8)  # appeared after the check
+    with pytest.raises(psap.PsapError, match=r"'factor'.*finish\(keep_optimizer=False\)"):
+        pruner.finish()
+    with pytest.raises(psap.ArgumentError, match=r"inplace=True.*state of the wrong shapes"):
+        pruner.finish(keep_optimizer=False, inplace=True)
+    assert model.conv1.out_channels == 8
+    result = pruner.finish(keep_optimizer=False)
+    assert result.optimizer is None and result.report["events"]
+
+
+def test_a_closed_pruner_makes_room_and_does_nothing_more() -> None:
+    model, opt, pruner = make("chain")
+    with pytest.raises(psap.StateError, match=r"pruner\.close\(\), then run the cell again"):
+        psap.Pruner(model, inputs(), optimizer=opt, config=CONFIG)
+    for _ in range(2):
+        pruner.close()
+        assert not opt._optimizer_step_pre_hooks and not opt._optimizer_step_post_hooks
+    for call in (pruner.step, pruner.finish, lambda: pruner.load_state_dict(pruner.state_dict())):
+        with pytest.raises(psap.StateError, match=r"\(\) after close\(\); make a new Pruner"):
+            call()
+    again = psap.Pruner(model, inputs(), optimizer=opt, config=CONFIG)
+    train(model, opt, again, epochs=2)
+    assert again.finish().optimizer is not None
+
+
+def test_a_deleted_pruner_frees_itself_and_the_optimizer() -> None:
+    model, opt, pruner = make("chain")
+    train(model, opt, pruner)
+    ghost = weakref.ref(pruner)
+    del pruner
+    gc.collect()
+    assert ghost() is None
+    assert not opt._optimizer_step_pre_hooks and not opt._optimizer_step_post_hooks
+    psap.Pruner(model, inputs(), optimizer=opt, config=CONFIG)
+
+
+def test_step_without_training_is_warned_of_until_the_last_prune_step() -> None:
+    model, opt, pruner = make("chain", prune_steps=2)
+    with pytest.warns(psap.PsapWarning, match=r"no step since the last call; train between"):
+        pruner.step()
+    train(model, opt, pruner)  # trained: no warning
+    pruner.step()  # nothing left to prune: no warning
+    assert pruner.done
+
+
+def test_an_optimizer_that_trains_nothing_here_is_warned_of() -> None:
+    model, _, pruner = make("chain")
+    other = torch.optim.SGD(model.parameters(), lr=0.01)
+    backward(model, other, 0)
+    other.step()
+    with pytest.warns(psap.PsapWarning, match="pass to Pruner the optimizer that trains the model"):
+        pruner.step()
+
+
+def test_a_resumed_pruner_may_step_at_once() -> None:
+    """The state may have been saved between the last batch of an epoch and `step`."""
+    model, opt, pruner = make("chain")
+    train(model, opt)
+    state = pruner.state_dict()
+    pruner.load_state_dict(state)
+    pruner.step()
+    with pytest.warns(psap.PsapWarning, match="no step since the last call"):
+        pruner.step()
+
+
+def test_finish_says_how_many_prune_steps_it_made_up_for() -> None:
+    model, opt, pruner = make("chain", prune_steps=5)
+    train(model, opt, pruner, epochs=2)
+    with pytest.warns(psap.PsapWarning, match=r"3 of 5 prune steps.*or lower Config.prune_steps"):
+        result = pruner.finish()
+    assert result.plan.after.macs <= 0.4 * result.plan.before.macs
+
+
+def test_the_result_has_a_short_plan() -> None:
+    model, opt, pruner = make("chain", prune_steps=1)
+    train(model, opt, pruner)
+    assert "plan=Plan(2 groups, MACs " in repr(pruner.finish())
