@@ -48,7 +48,7 @@ help:
 $(TORCH_READY):
 	$(call new_venv,$(VENV))
 	$(call install,$(VENV)) --upgrade $(TOOLS)
-	$(call install,$(VENV)) "torch==$(TORCH)"
+	$(call install,$(VENV)) "torch==$(TORCH)" numpy
 	rm -f $(VENV)/.psap-torch-*
 	touch $@
 
