@@ -8,6 +8,7 @@ ZOO ?= .venv-zoo
 ZOO_TORCH ?= 2.14.1
 ZOO_TORCHVISION ?= 0.29.1
 PIP_ARGS ?=
+PYTEST_ARGS ?=
 
 UV := $(shell command -v uv)
 BIN := $(VENV)/bin
@@ -64,7 +65,7 @@ demo: $(READY)
 	$(BIN)/python examples/digits.py --out out/demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
