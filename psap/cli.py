@@ -252,6 +252,16 @@ def _zeros(text: str | None, arch: str) -> Tensor:
     return torch.zeros([2, *shape])
 
 
+def _text(path: Path) -> str:
+    """A file of a finished run."""
+    try:
+        return path.read_text()
+    except OSError as error:
+        raise FileError(
+            f"{path} cannot be read ({error.strerror}); pass the folder of a finished run"
+        ) from error
+
+
 def _record(folder: Path) -> dict[str, Any]:
     """The record of a finished run.
 
@@ -260,11 +270,7 @@ def _record(folder: Path) -> dict[str, Any]:
     """
     path = folder / "record.json"
     try:
-        found = json.loads(path.read_text())
-    except OSError as error:
-        raise FileError(
-            f"{path} cannot be read ({error.strerror}); pass the folder of a finished run"
-        ) from error
+        found = json.loads(_text(path))
     except ValueError as error:
         raise FileError(
             f"{path} is damaged: {error}; finish the run again with --resume"
@@ -288,12 +294,7 @@ def _plan_input(folder: Path) -> tuple[int, ...]:
     from psap.plans import Plan
 
     path = folder / "plan.json"
-    try:
-        plan = Plan.from_json(path.read_text())
-    except OSError as error:
-        raise FileError(
-            f"{path} cannot be read ({error.strerror}); pass the folder of a finished run"
-        ) from error
+    plan = Plan.from_json(_text(path))
     spec = plan.inputs[0] if plan.inputs else None
     if spec is None:
         raise FileError(f"{path} does not say the shape of the input; pass --input")

@@ -57,6 +57,7 @@ class Gates:
         self._optimizer = optimizer
         self._parameters = dict(graph.model.named_parameters())
         self._buffers = dict(graph.model.named_buffers())
+        self._weights = {call.weight for call in graph.calls}
         self.makers = [
             side for side, role in graph.roles.items() if role == "out" and self._lives(side)
         ]
@@ -73,17 +74,12 @@ class Gates:
         """Whether a tensor scales its channels: affine pairs, or filters that no norm rescales."""
         if name in self.graph.affine:
             return True
-        weight = (
-            name if name in self._weights() else f"{name.rpartition('.')[0]}.weight".lstrip(".")
-        )
+        weight = name if name in self._weights else f"{name.rpartition('.')[0]}.weight".lstrip(".")
         return (
             name in self._parameters
-            and weight in self._weights()
+            and weight in self._weights
             and weight not in self.graph.normalised
         )
-
-    def _weights(self) -> set[str]:
-        return {call.weight for call in self.graph.calls}
 
     def front(self, side: Side) -> Tensor:
         """The tensor of a side, detached, with the side's dimension first."""
@@ -98,7 +94,7 @@ class Gates:
         result: dict[str, Tensor] = dict(self._parameters)
         for side in self.gates:
             saved = self.saved.get(side)
-            if saved is not None and side[0] in self._weights():
+            if saved is not None and side[0] in self._weights:
                 whole = self._parameters[side[0]].detach().clone()
                 psap_kernels.restore_filters_(
                     [whole.movedim(side[1], 0)], [saved.rows], [saved.values]
