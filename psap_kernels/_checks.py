@@ -34,21 +34,11 @@ def tensor_list(name: str, value: Sequence[Tensor], *, length: int | None = None
     return list(value)
 
 
-def optional_list(
-    name: str, value: Sequence[Tensor | None], sizes: Sequence[int], device: torch.device
-) -> list[Tensor]:
-    """A sequence of index lists in which None stands for 0, 1, ... size - 1."""
-    if isinstance(value, Tensor) or not isinstance(value, Sequence):
-        return tensor_list(name, value, length=len(sizes))
-    if len(value) != len(sizes):
-        raise ValueError(
-            f"{name} has {len(value)} entries, wanted {len(sizes)}: one for each tensor"
-        )
-    # One arange serves all: the shorter lists are views of it.
-    longest = max([0, *(n for v, n in zip(value, sizes, strict=True) if v is None)])
-    everything = torch.arange(longest, device=device)
-    filled = [everything[:n] if v is None else v for v, n in zip(value, sizes, strict=True)]
-    return tensor_list(name, filled)
+def one_device(*groups: Sequence[Tensor]) -> None:
+    """All tensors are on one device; the public functions say it better."""
+    devices = {tensor.device for group in groups for tensor in group}
+    if len(devices) > 1:
+        raise ValueError(f"the tensors are on {len(devices)} devices, wanted one")
 
 
 def filters(name: str, tensors: list[Tensor]) -> None:
@@ -191,3 +181,83 @@ def restore_arguments(tensors: list[Tensor], rows: list[Tensor], saved: list[Ten
         wanted = (index.shape[0], *tensor.shape[1:])
         shape("saved", i, values, wanted, f"pass a row for each of rows[{i}]")
     index_ranges("rows", dict(enumerate(rows)), {i: t.shape[0] for i, t in enumerate(tensors)})
+
+
+def histogram_arguments(
+    tensors: list[Tensor], scales: Tensor, first: int, shift: int, bins: int
+) -> None:
+    """Arguments of ``abs_histogram``."""
+    device = tensors[0].device if tensors else scales.device
+    for i, tensor in enumerate(tensors):
+        same_device("tensors", i, tensor, device)
+        dtype("tensors", i, tensor, *FLOATS)
+    same_device("scales", None, scales, device)
+    dtype("scales", None, scales, torch.float32)
+    shape("scales", None, scales, (len(tensors),), "pass one factor for each tensor")
+    for name, value, low, high in (
+        ("first", first, 0, _MAX_INT32),
+        ("shift", shift, 0, 30),
+        ("bins", bins, 1, 2048),
+    ):
+        if not isinstance(value, int):
+            raise TypeError(f"{name} is a {type(value).__name__}, wanted an int")
+        if not low <= value <= high:
+            raise ValueError(f"{name} is {value}, wanted {low} to {high}")
+
+
+def gate_arguments(
+    sums: Tensor,
+    seen: Tensor,
+    values: list[Tensor],
+    grads: list[Tensor],
+    terms: Tensor,
+    offsets: Tensor,
+) -> None:
+    """Arguments of ``gate_stats_``."""
+    wanted = {
+        "sums": (sums, torch.float64, (2, max(0, offsets.numel() - 1))),
+        "seen": (seen, torch.int64, (2,)),
+        "terms": (terms, torch.int32, (terms.shape[0] if terms.dim() else 0, 3)),
+        "offsets": (offsets, torch.int32, (max(1, offsets.numel()),)),
+    }
+    for name, (tensor, kind, size) in wanted.items():
+        same_device(name, None, tensor, sums.device)
+        dtype(name, None, tensor, kind)
+        shape(name, None, tensor, size, "C channels have C + 1 offsets and sums [2, C]")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} is not contiguous: use .contiguous()")
+    for k, (value, grad) in enumerate(zip(values, grads, strict=True)):
+        for name, tensor in (("values", value), ("grads", grad)):
+            same_device(name, k, tensor, sums.device)
+            dtype(name, k, tensor, *(FLOATS if name == "values" else (value.dtype,)))
+            if tensor.dim() == 0:
+                raise ValueError(
+                    f"{name}[{k}] has no dimension, wanted [O, ...]: reshape it to [1]"
+                )
+        wanted_shape = (grad.shape[0], *value.shape[1:])
+        shape("grads", k, grad, wanted_shape, "its rows must be shaped like those of its value")
+    if not torch.compiler.is_compiling() and not sums.is_meta:
+        _gate_indices(values, grads, terms.cpu(), offsets.cpu())
+
+
+def _gate_indices(
+    values: list[Tensor], grads: list[Tensor], terms: Tensor, offsets: Tensor
+) -> None:
+    ends = offsets[[0, -1]].tolist()
+    if ends != [0, terms.shape[0]] or bool((offsets.diff() < 0).any()):
+        raise ValueError(
+            f"offsets run from {ends[0]} to {ends[1]}, wanted an ascending list from 0 to"
+            f" {terms.shape[0]}, the number of terms"
+        )
+    sizes = torch.tensor([(v.shape[0], g.shape[0]) for v, g in zip(values, grads, strict=True)])
+    pairs = terms[:, 0].long()
+    inside = (pairs >= 0) & (pairs < len(values))
+    if bool(inside.all()) and len(pairs):
+        rows = terms[:, 1:]
+        inside = ((rows >= 0) & (rows < sizes[pairs])).all(1)
+    if not bool(inside.all()):
+        at = int((~inside).nonzero()[0, 0])
+        raise ValueError(
+            f"terms[{at}] is {terms[at].tolist()}, wanted (pair, row of its value, row of its"
+            f" gradient) within {len(values)} pairs and their rows"
+        )

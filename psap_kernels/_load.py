@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -25,7 +27,7 @@ class Part:
 
 @cache
 def part(name: str) -> Part:
-    """Load ``psap_kernels.<name>`` (``_C``, later ``_C_cuda``), once.
+    """Load ``psap_kernels.<name>`` (``_C`` or ``_C_cuda``), once.
 
     Loading registers its kernels with the dispatcher. Nothing is raised or printed.
     """
@@ -41,30 +43,57 @@ def part(name: str) -> Part:
         return Part(None, f"{full_name} does not load: {error}")
 
 
+@cache
+def triton_missing() -> str | None:
+    """Why Triton cannot be used, or None; triton itself is not imported."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None
+
+
+def triton_interprets() -> bool:
+    """Whether Triton kernels run in its interpreter, which takes CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def triton_op(name: str) -> Callable[..., Any] | None:
+    """The Triton implementation of op ``name``, imported now; None where there is none."""
+    full_name = f"psap_kernels.triton.{name}"
+    if triton_missing() or importlib.util.find_spec(full_name) is None:
+        return None
+    found: Callable[..., Any] = getattr(importlib.import_module(full_name), name)
+    return found
+
+
 def build_info() -> dict[str, Any]:
     """Tell what is compiled, where it lies, and what mends what is missing.
 
     Returns:
         A dict with ``torch`` (the version in use), ``mend`` (the command that builds the missing
-        parts, or None) and ``parts``: for ``"_C"`` a dict of ``available``, ``path``,
-        ``torch_built`` (the version compiled against), ``capability`` (instruction set in use:
-        "avx2" or "default") and ``why_missing``; what does not apply is None.
+        parts, or None) and ``parts``: for ``"_C"``, and for ``"_C_cuda"`` if this torch is built
+        with CUDA, a dict of ``available``, ``path``, ``torch_built`` (the version compiled
+        against), ``why_missing``, and ``capability`` (instruction set in use: "avx2" or "default")
+        or ``architectures`` (of GPUs, as in TORCH_CUDA_ARCH_LIST); what does not apply is None.
 
     Raises:
         ValueError: PSAP_CPU_CAPABILITY asks for what this machine lacks.
     """
-    cpu = part("_C")
-    module: Any = cpu.module
+    cpu: Any = part("_C").module
+    parts = {"_C": {**_facts("_C"), "capability": cpu.cpu_capability() if cpu else None}}
+    if torch.version.cuda is not None:
+        cuda: Any = part("_C_cuda").module
+        architectures = cuda.architectures if cuda else None
+        parts["_C_cuda"] = {**_facts("_C_cuda"), "architectures": architectures}
+    complete = all(facts["available"] for facts in parts.values())
+    return {"torch": torch.__version__, "parts": parts, "mend": None if complete else MEND}
+
+
+def _facts(name: str) -> dict[str, Any]:
+    module: Any = part(name).module
     return {
-        "torch": torch.__version__,
-        "parts": {
-            "_C": {
-                "available": module is not None,
-                "path": module.__file__ if module else None,
-                "torch_built": module.torch_version if module else None,
-                "capability": module.cpu_capability() if module else None,
-                "why_missing": cpu.why_missing,
-            }
-        },
-        "mend": None if module else MEND,
+        "available": module is not None,
+        "path": module.__file__ if module else None,
+        "torch_built": module.torch_version if module else None,
+        "why_missing": part(name).why_missing,
     }

@@ -10,13 +10,14 @@ from torch import Tensor
 
 
 def layer_stats(
-    weights: list[Tensor], grads: list[Tensor], tau: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    weights: list[Tensor], grads: list[Tensor], tau: Tensor, per_input: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Sums and counts per filter and per layer, all of them taken in float64."""
     filter_sums = [tau.new_empty((6, 0), dtype=torch.float32)]
     filter_counts = [tau.new_empty((3, 0), dtype=torch.int32)]
     layer_sums = [tau.new_empty((0, 7), dtype=torch.float64)]
     layer_counts = [tau.new_empty((0, 3), dtype=torch.int64)]
+    input_sums = [tau.new_empty(0, dtype=torch.float32)]
     for layer, weight in enumerate(weights):
         w = _rows(weight)
         g = _rows(grads[layer]) if grads else torch.zeros_like(w)
@@ -29,17 +30,58 @@ def layer_stats(
         filter_counts.append(counts.int())
         layer_sums.append(sums.sum(1)[None])
         layer_counts.append(counts.sum(1)[None])
+        if per_input and weight.dim() > 1:
+            others = [d for d in range(weight.dim()) if d != 1]
+            input_sums.append(wg.reshape(weight.shape).sum(others).float())
     return (
         torch.cat(filter_sums, 1),
         torch.cat(filter_counts, 1),
         torch.cat(layer_sums),
         torch.cat(layer_counts),
+        torch.cat(input_sums),
     )
 
 
 def _rows(tensor: Tensor) -> Tensor:
     """[O, ...] -> float64 [O, n]; view() cannot infer n where O is 0."""
     return tensor.double().reshape(tensor.shape[0], tensor.shape[1:].numel())
+
+
+def abs_histogram(
+    tensors: list[Tensor], scales: Tensor, first: int, shift: int, bins: int
+) -> Tensor:
+    """A bincount of the keys."""
+    counts = scales.new_zeros((len(tensors), bins + 2), dtype=torch.int64)
+    for layer, tensor in enumerate(tensors):
+        value = (tensor.float().abs() * scales[layer]).abs().reshape(-1)
+        key = torch.where(value.isnan(), 2**31 - 1, value.view(torch.int32).long())
+        column = torch.where(key < first, -1, (key - first) >> shift).clamp(-1, bins) + 1
+        counts[layer] = torch.bincount(column, minlength=bins + 2)
+    return counts
+
+
+def gate_stats_(
+    sums: Tensor,
+    seen: Tensor,
+    values: list[Tensor],
+    grads: list[Tensor],
+    terms: Tensor,
+    offsets: Tensor,
+    scale: float,
+) -> None:
+    """One dot product a term, in float64; no value is brought to the host."""
+    dots = sums.new_zeros(terms.shape[0])
+    for k, (value, grad) in enumerate(zip(values, grads, strict=True)):
+        at = (terms[:, 0] == k).nonzero()[:, 0]
+        v, g = _rows(value)[terms[at, 1].long()], _rows(grad)[terms[at, 2].long()]
+        dots[at] = (v * g).sum(1)
+    lengths = offsets.diff()
+    channel = torch.arange(len(lengths), device=sums.device).repeat_interleave(lengths)
+    d = torch.zeros_like(sums[0]).index_add_(0, channel, dots) * scale
+    finite = d.isfinite().all()
+    d = torch.where(finite, d, 0.0)
+    sums += torch.stack([d, d * d])
+    seen += torch.stack([finite, ~finite])
 
 
 def shrink(tensors: list[Tensor], keep_dim0: list[Tensor], keep_dim1: list[Tensor]) -> list[Tensor]:

@@ -57,14 +57,21 @@ struct Lanes {
   }
 };
 
-// What is known of one filter when it has been read.
-struct FilterTotals {
-  double sum[kLayerSums];
-  int64_t count[kCounts];
+// What is known of a filter, or of several, when they have been read.
+struct Totals {
+  double sum[kLayerSums + 1];  // the last one: the count below tau, exact up to 2^53
+  int64_t nonfinite[2];        // among the weights, among the gradients
 
   PSAP_HD PSAP_INLINE void clear() {
-    for (int s = 0; s < kLayerSums; s++) sum[s] = 0;
-    for (int c = 0; c < kCounts; c++) count[c] = 0;
+    for (double& s : sum) s = 0;
+    nonfinite[0] = nonfinite[1] = 0;
+  }
+  PSAP_HD PSAP_INLINE void add(const Totals& other) {
+    for (int s = 0; s <= kLayerSums; s++) sum[s] += other.sum[s];
+    for (int n = 0; n < 2; n++) nonfinite[n] += other.nonfinite[n];
+  }
+  PSAP_HD PSAP_INLINE int64_t count(int c) const {
+    return c == kBelowTau ? static_cast<int64_t>(sum[kLayerSums]) : nonfinite[c - 1];
   }
 };
 

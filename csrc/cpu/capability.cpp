@@ -9,7 +9,7 @@ namespace {
 
 bool machine_has_avx2() {
 #if PSAP_HAS_AVX2
-  static const bool has = __builtin_cpu_supports("avx2");
+  static const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
   return has;
 #else
   return false;

@@ -1,8 +1,9 @@
 // layer_stats: for every filter f (row of dimension 0) of every layer, over its elements i,
 //   sum |w|, sum w^2, sum |g|, sum g^2, sum |w g|, sum w g, sum w;  #(|w| < tau), #non-finite w, g
-// and the same totals per layer. Fused: ten reductions over two tensors, all layers in one call.
-// Reads every weight and gradient once (8 bytes an element in fp32); writes 36 bytes a filter.
-// A filter is summed by one thread in one order: the bits do not depend on the number of threads.
+// and the same totals per layer; on request sum w g per input channel. Fused: ten reductions over
+// two tensors, all layers in one call. Reads every weight and gradient once (8 bytes an element in
+// fp32); writes 36 bytes a filter. Work is cut into units by shape alone, and units are added in
+// order: the bits do not depend on the number of threads.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -12,7 +13,7 @@
 #include <vector>
 
 #include "capability.h"
-#include "stats_kernel.h"
+#include "stats_units.h"
 
 namespace psap {
 namespace {
@@ -20,32 +21,70 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// A range of filters of one layer; `out` is the layer's own part of the totals.
-using FilterLoop = void (*)(const StatsLayer&, int64_t begin, int64_t end, FilterTotals* out);
+// Runs one unit. `products` is scratch for sums per input channel, null where none are wanted.
+using Loop = void (*)(const StatsLayer&, const Unit&, const Outputs&, Totals*, double* products,
+                      double* sums);
+
+template <class D, bool kGrads, bool kInputs>
+PSAP_INLINE void run(const StatsLayer& layer, const Unit& unit, const Outputs& out, Totals* totals,
+                     Number<D>* products) {
+  const bool whole = unit.to - unit.from == layer.inner.count();
+  Totals unit_total;
+  unit_total.clear();
+  for (int64_t f = unit.begin; f < unit.end; f++) {
+    Totals one;
+    add_filter<D, kGrads, kInputs>(layer, f, unit.from, unit.to, one, products);
+    if (whole) {
+      unit_total.add(one);
+      out.filter(layer.first + f, one);
+    } else {
+      totals[f - unit.begin] = one;
+    }
+  }
+  if (whole) *totals = unit_total;
+}
 
 template <class D, bool kGrads>
-void filters_default(const StatsLayer& layer, int64_t begin, int64_t end, FilterTotals* out) {
-  for (int64_t f = begin; f < end; f++) add_filter<D, kGrads>(layer, f, out[f]);
+PSAP_INLINE void run(const StatsLayer& layer, const Unit& unit, const Outputs& out, Totals* totals,
+                     double* scratch, double* sums) {
+  // Room for doubles holds as many floats; without inputs it is not touched.
+  Number<D>* products = reinterpret_cast<Number<D>*>(scratch);
+  if constexpr (kGrads) {
+    if (unit.channels > 0) {
+      std::fill_n(products, unit.to - unit.from + kStep<D>, Number<D>{0});
+      run<D, true, true>(layer, unit, out, totals, products);
+      std::fill_n(sums, unit.channels, 0.0);
+      fold_products<D>(layer, unit.from, unit.to, unit.channel, products, sums);
+      return;
+    }
+  }
+  run<D, kGrads, false>(layer, unit, out, totals, products);
+}
+
+template <class D, bool kGrads>
+void run_portable(const StatsLayer& layer, const Unit& unit, const Outputs& out, Totals* totals,
+                  double* scratch, double* sums) {
+  run<D, kGrads>(layer, unit, out, totals, scratch, sums);
 }
 
 #if PSAP_HAS_AVX2
 template <class D, bool kGrads>
-PSAP_TARGET_AVX2 void filters_avx2(const StatsLayer& layer, int64_t begin, int64_t end,
-                                   FilterTotals* out) {
-  for (int64_t f = begin; f < end; f++) add_filter<D, kGrads>(layer, f, out[f]);
+PSAP_TARGET_AVX2 void run_avx2(const StatsLayer& layer, const Unit& unit, const Outputs& out,
+                               Totals* totals, double* scratch, double* sums) {
+  run<D, kGrads>(layer, unit, out, totals, scratch, sums);
 }
 #endif
 
-template <class D>
-FilterLoop choose(bool grads, bool avx2) {
+template <template <Isa> class D>
+Loop choose(bool grads, bool avx2) {
 #if PSAP_HAS_AVX2
-  if (avx2) return grads ? filters_avx2<D, true> : filters_avx2<D, false>;
+  if (avx2) return grads ? run_avx2<D<Isa::kAvx2>, true> : run_avx2<D<Isa::kAvx2>, false>;
 #endif
   (void)avx2;
-  return grads ? filters_default<D, true> : filters_default<D, false>;
+  return grads ? run_portable<D<Isa::kPortable>, true> : run_portable<D<Isa::kPortable>, false>;
 }
 
-FilterLoop choose(ScalarType dtype, bool grads, bool avx2) {
+Loop choose(ScalarType dtype, bool grads, bool avx2) {
   switch (dtype) {
     case ScalarType::Float:
       return choose<Float32>(grads, avx2);
@@ -60,104 +99,85 @@ FilterLoop choose(ScalarType dtype, bool grads, bool avx2) {
   }
 }
 
-void check_pair(const Tensor& w, const Tensor& g) {
-  STD_TORCH_CHECK(g.is_cpu(), "layer_stats: a gradient is not on the CPU as the weights are");
-  STD_TORCH_CHECK(g.scalar_type() == w.scalar_type(),
-                  "layer_stats: a gradient has another dtype than its weight");
-  bool same = g.dim() == w.dim();
-  for (int64_t d = 0; same && d < w.dim(); d++) same = g.size(d) == w.size(d);
-  STD_TORCH_CHECK(same, "layer_stats: a gradient has another shape than its weight");
-}
-
-StatsLayer describe(const Tensor& w, const Tensor* g, float tau, int64_t first) {
+StatsLayer describe(const Tensor& w, const Tensor* g, float tau, int64_t first, bool per_input) {
   STD_TORCH_CHECK(w.is_cpu() && w.dim() >= 1, "layer_stats: weights must be CPU tensors, [O, ...]");
-  if (g) check_pair(w, *g);
-  const int64_t* w_strides = w.strides().data();
-  const int64_t* g_strides = g ? g->strides().data() : w_strides;
-  return {w.const_data_ptr(),
-          g ? g->const_data_ptr() : nullptr,
-          w.size(0),
-          first,
-          w_strides[0],
-          g_strides[0],
-          PairLayout(w.sizes().data() + 1, w_strides + 1, g_strides + 1, w.dim() - 1),
-          tau};
-}
-
-// The outputs, and the plain pointers into them.
-struct Outputs {
-  Tensor filter_sums, filter_counts, layer_sums, layer_counts;
-
-  Outputs(const Tensor& like, int64_t layers, int64_t filters)
-      : filter_sums(torch::stable::new_empty(like, {kFilterSums, filters}, ScalarType::Float)),
-        filter_counts(torch::stable::new_empty(like, {kCounts, filters}, ScalarType::Int)),
-        layer_sums(torch::stable::new_empty(like, {layers, kLayerSums}, ScalarType::Double)),
-        layer_counts(torch::stable::new_empty(like, {layers, kCounts}, ScalarType::Long)) {}
-
-  void write(const std::vector<StatsLayer>& layers, const FilterTotals* totals,
-             int64_t filters) const {
-    float* fs = filter_sums.mutable_data_ptr<float>();
-    int32_t* fc = filter_counts.mutable_data_ptr<int32_t>();
-    double* ls = layer_sums.mutable_data_ptr<double>();
-    int64_t* lc = layer_counts.mutable_data_ptr<int64_t>();
-    for (const StatsLayer& layer : layers) {
-      FilterTotals sum;
-      sum.clear();
-      for (int64_t f = layer.first; f < layer.first + layer.filters; f++) {
-        for (int s = 0; s < kLayerSums; s++) sum.sum[s] += totals[f].sum[s];
-        for (int c = 0; c < kCounts; c++) sum.count[c] += totals[f].count[c];
-        for (int s = 0; s < kFilterSums; s++) {
-          fs[s * filters + f] = static_cast<float>(totals[f].sum[s]);
-        }
-        for (int c = 0; c < kCounts; c++) {
-          fc[c * filters + f] = static_cast<int32_t>(totals[f].count[c]);
-        }
-      }
-      for (int s = 0; s < kLayerSums; s++) *ls++ = sum.sum[s];
-      for (int c = 0; c < kCounts; c++) *lc++ = sum.count[c];
+  const auto sizes = w.sizes();
+  const auto strides = w.strides();
+  const int64_t dims = static_cast<int64_t>(sizes.size());
+  StatsLayer layer;
+  layer.w = w.const_data_ptr();
+  layer.g = nullptr;
+  const int64_t* g_strides = strides.data();
+  if (g) {
+    STD_TORCH_CHECK(g->is_cpu() && g->scalar_type() == w.scalar_type() && g->sizes() == sizes,
+                    "layer_stats: a gradient differs from its weight in device, dtype or shape");
+    layer.g = g->const_data_ptr();
+    g_strides = g->strides().data();
+  }
+  layer.filters = sizes[0];
+  layer.first = first;
+  layer.w_stride = strides[0];
+  layer.g_stride = g_strides[0];
+  layer.inner = PairLayout(sizes.data() + 1, strides.data() + 1, g_strides + 1, dims - 1);
+  STD_TORCH_CHECK(layer.inner.count() <= INT32_MAX, "layer_stats: a filter is too long");
+  layer.tau = tau;
+  if (per_input && dims > 1) {
+    layer.inputs = sizes[1];
+    for (int64_t d = 2; d < dims; d++) {
+      if (strides[d] <= strides[1]) layer.after *= sizes[d];  // the order of PairLayout
     }
   }
-};
+  return layer;
+}
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> layer_stats(const std::vector<Tensor>& weights,
-                                                       const std::vector<Tensor>& grads,
-                                                       const Tensor& tau) {
-  const int64_t n = static_cast<int64_t>(weights.size());
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_stats(const std::vector<Tensor>& weights,
+                                                               const std::vector<Tensor>& grads,
+                                                               const Tensor& tau, bool per_input) {
+  const size_t n = weights.size();
   const bool has_grads = !grads.empty();
-  STD_TORCH_CHECK(!has_grads || grads.size() == weights.size(),
+  STD_TORCH_CHECK(!has_grads || grads.size() == n,
                   "layer_stats: as many grads as weights are wanted, or none");
-  STD_TORCH_CHECK(tau.is_cpu() && tau.dim() == 1 && tau.size(0) == n,
-                  "layer_stats: tau must be a CPU tensor [L], one value for each weight");
+  STD_TORCH_CHECK(has_grads || n == 0 || !per_input, "layer_stats: per_input needs grads");
+  STD_TORCH_CHECK(tau.is_cpu() && tau.scalar_type() == ScalarType::Float && tau.dim() == 1 &&
+                      tau.size(0) == static_cast<int64_t>(n),
+                  "layer_stats: tau must be a float32 CPU tensor [L], one value for each weight");
   const float* limit = tau.const_data_ptr<float>();
+  const int64_t tau_stride = tau.stride(0);
   const bool avx2 = use_avx2();
 
   std::vector<StatsLayer> layers;
-  std::vector<FilterLoop> loops;
-  std::vector<int64_t> start{0};  // in units of work: elements, at least one a filter
-  int64_t filters = 0;
-  for (int64_t l = 0; l < n; l++) {
+  std::vector<Loop> loops;
+  Work work;
+  layers.reserve(n);
+  loops.reserve(n);
+  work.units.reserve(n);
+  work.start.reserve(n + 1);
+  int64_t filters = 0, inputs = 0;
+  for (size_t l = 0; l < n; l++) {
     const Tensor& w = weights[l];
-    layers.push_back(
-        describe(w, has_grads ? &grads[l] : nullptr, limit[l * tau.stride(0)], filters));
+    const float t = limit[static_cast<int64_t>(l) * tau_stride];
+    layers.push_back(describe(w, has_grads ? &grads[l] : nullptr, t, filters, per_input));
     loops.push_back(choose(w.scalar_type(), has_grads, avx2));
+    work.add(layers[l], static_cast<int64_t>(l));
     filters += layers[l].filters;
-    start.push_back(start[l] + layers[l].filters * std::max<int64_t>(1, layers[l].inner.count()));
+    inputs += layers[l].inputs;
   }
 
-  const Outputs out(tau, n, filters);
-  const std::unique_ptr<FilterTotals[]> totals(new FilterTotals[filters]);
-  // A filter belongs to the range in which it starts.
-  torch::stable::parallel_for(0, start[n], 1 << 15, [&](int64_t begin, int64_t end) {
-    int64_t l = std::upper_bound(start.begin(), start.end(), begin) - start.begin() - 1;
-    for (; l < n && start[l] < end; l++) {
-      const int64_t work = std::max<int64_t>(1, layers[l].inner.count());
-      const int64_t from = (std::max(begin - start[l], int64_t{0}) + work - 1) / work;
-      const int64_t to = (std::min(end, start[l + 1]) - start[l] + work - 1) / work;
-      loops[l](layers[l], from, to, totals.get() + layers[l].first);
+  const Outputs out(tau, static_cast<int64_t>(n), filters, inputs);
+  const std::unique_ptr<Totals[]> totals(new Totals[work.totals]);
+  const std::unique_ptr<double[]> sums(new double[work.sums]);
+  // A unit belongs to the range in which it starts.
+  torch::stable::parallel_for(0, work.start.back(), 1 << 15, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<double[]> scratch(new double[work.scratch]);
+    size_t u = std::lower_bound(work.start.begin(), work.start.end(), begin) - work.start.begin();
+    for (; u < work.units.size() && work.start[u] < end; u++) {
+      const Unit& unit = work.units[u];
+      loops[unit.layer](layers[unit.layer], unit, out, totals.get() + unit.totals, scratch.get(),
+                        sums.get() + unit.sums);
     }
   });
-  out.write(layers, totals.get(), filters);
-  return {out.filter_sums, out.filter_counts, out.layer_sums, out.layer_counts};
+  Combine(work, totals.get(), sums.get(), out).layers(layers);
+  return {out.filter_sums, out.filter_counts, out.layer_sums, out.layer_counts, out.input_sums};
 }
 
 }  // namespace

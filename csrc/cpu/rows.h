@@ -3,8 +3,10 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include "../core/layout.h"
 
@@ -32,57 +34,71 @@ void with_fixed_size(int64_t bytes, const F& body) {
   }
 }
 
-// Where the rows of two tensors with equal rows lie; strides in elements.
-struct RowPair {
-  char* to;
-  const char* from;
-  int64_t to_stride, from_stride;
-  int64_t element;  // bytes
-  PairLayout inner;
-
-  void copy(int64_t to_row, int64_t from_row) const {
-    if (inner.count() == 0) return;
-    char* t = to + to_row * to_stride * element;
-    const char* f = from + from_row * from_stride * element;
-    if (inner.dense()) {
-      std::memcpy(t, f, inner.count() * element);
-      return;
-    }
-    with_fixed_size(element, [&](auto copy_one) {
-      inner.for_each_run([&](int64_t a, int64_t b, const Dim& dim) {
-        for (int64_t i = 0; i < dim.size; i++) {
-          copy_one(t + (a + i * dim.a) * element, f + (b + i * dim.b) * element);
-        }
-      });
+// Copies the elements of one row (strides in elements) to and from any layout.
+inline void copy_row(const PairLayout& inner, int64_t element, char* to, const char* from) {
+  with_fixed_size(element, [&](auto copy_one) {
+    inner.for_each_run([&](int64_t a, int64_t b, const Dim& dim) {
+      for (int64_t i = 0; i < dim.size; i++) {
+        copy_one(to + (a + i * dim.a) * element, from + (b + i * dim.b) * element);
+      }
     });
-  }
-};
+  });
+}
 
-// All bits zero is the zero of every dtype.
-struct Rows {
-  char* data;
-  int64_t stride;
-  int64_t element;
-  PairLayout inner;
-
-  void zero(int64_t row) const {
-    if (inner.count() == 0) return;
-    char* to = data + row * stride * element;
-    if (inner.dense()) {
-      std::memset(to, 0, inner.count() * element);
-      return;
-    }
-    inner.for_each_run([&](int64_t a, int64_t, const Dim& dim) {
-      for (int64_t i = 0; i < dim.size; i++)
-        std::memset(to + (a + i * dim.a) * element, 0, element);
-    });
+// Every element of a tensor that is written has memory of its own.
+inline void require_own_memory(const torch::stable::Tensor& x, const char* op) {
+  const auto sizes = x.sizes();
+  const auto strides = x.strides();
+  for (size_t d = 0; d < sizes.size(); d++) {
+    STD_TORCH_CHECK(sizes[d] < 2 || strides[d] != 0, op, ": a tensor to write to is expanded");
   }
-};
+}
 
 // Sizes and strides without dimension 0, of two tensors that share them.
 inline PairLayout inner_layout(const torch::stable::Tensor& a, const torch::stable::Tensor& b) {
   return PairLayout(a.sizes().data() + 1, a.strides().data() + 1, b.strides().data() + 1,
                     a.dim() - 1);
 }
+
+// The rows of many tensors as one range, cut into parts for threads. `Part` has `rows` and
+// `bytes` (of one row); parts are visited in order.
+template <class Part>
+class RowRange {
+ public:
+  explicit RowRange(size_t parts) {
+    parts_.reserve(parts);
+    start_.reserve(parts + 1);
+    start_.push_back(0);
+  }
+
+  void add(const Part& part, int64_t rows, int64_t row_bytes) {
+    if (rows == 0 || row_bytes == 0) return;
+    parts_.push_back(part);
+    start_.push_back(start_.back() + rows);
+    bytes_ += rows * row_bytes;
+  }
+
+  int64_t bytes() const { return bytes_; }
+
+  // Calls run(part, first row, row behind the last); a thread gets no less than about 128 KiB.
+  template <class F>
+  void for_each(const F& run) const {
+    const int64_t rows = start_.back();
+    if (rows == 0) return;
+    const int64_t grain = std::max<int64_t>(1, (rows << 17) / bytes_);
+    torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+      size_t p = std::upper_bound(start_.begin(), start_.end(), begin) - start_.begin() - 1;
+      for (; p < parts_.size() && start_[p] < end; p++) {
+        run(parts_[p], std::max(begin, start_[p]) - start_[p],
+            std::min(end, start_[p + 1]) - start_[p]);
+      }
+    });
+  }
+
+ private:
+  std::vector<Part> parts_;
+  std::vector<int64_t> start_;
+  int64_t bytes_ = 0;
+};
 
 }  // namespace psap

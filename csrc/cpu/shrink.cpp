@@ -5,125 +5,166 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <list>
 #include <vector>
 
+#include "../core/memory_format.h"
 #include "rows.h"
+#include "tensor_list.h"
 
 namespace psap {
 namespace {
 
-using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// A cell is fetched so many cells before its use, if it has so many bytes: which ones are kept, no
+// hardware can foresee.
+constexpr int64_t kAhead = 16, kPrefetched = 16;
 
 // A checked list of indices; `all` where it is 0, 1, ... n - 1.
 struct Keep {
-  std::vector<int64_t> index;
+  const int64_t* index;
+  int64_t count;
   bool all;
-
-  Keep(const Tensor& keep, int64_t size, int dim, size_t tensor) : all(keep.numel() == size) {
-    STD_TORCH_CHECK(keep.is_cpu() && keep.dim() == 1, "shrink: keep_dim", dim,
-                    " must hold CPU tensors of one dimension");
-    const int64_t* data = keep.const_data_ptr<int64_t>();
-    const int64_t step = keep.stride(0);
-    index.resize(keep.numel());
-    for (int64_t i = 0; i < keep.numel(); i++) {
-      index[i] = data[i * step];
-      all = all && index[i] == i;
-      STD_TORCH_CHECK(0 <= index[i] && index[i] < size, "shrink: index ", index[i], " in keep_dim",
-                      dim, " of tensor ", tensor, " is out of range [0, ", size, ")");
-    }
-  }
-  Keep() : index{0}, all(true) {}  // what a 1-D tensor has for its missing dimension 1
 };
 
-// Is x laid out as [O, ..., I]? Where that is contiguous too (one channel, a 1x1 kernel), the last
-// stride decides, as it does for PyTorch.
-bool is_channels_last(const Tensor& x) {
-  const int64_t dims = x.dim();
-  if (dims != 4 && dims != 5) return false;
-  if (x.is_contiguous() && (x.size(1) == 1 || x.stride(dims - 1) != x.size(1))) return false;
-  int64_t expected = 1;
-  const auto fits = [&](int64_t d) {
-    const bool fit = x.size(d) == 1 || x.stride(d) == expected;
-    expected *= x.size(d);
-    return fit;
+constexpr int64_t kZero = 0;
+constexpr Keep kOne{&kZero, 1, true};  // what a 1-D tensor has for its missing dimension 1
+
+// Lists by where they lie: a weight, its gradient and its momentum share theirs.
+class Keeps {
+ public:
+  Keep get(const Tensor& keep, int64_t size, int dim, size_t tensor) {
+    STD_TORCH_CHECK(keep.is_cpu() && keep.dim() == 1 && keep.scalar_type() == ScalarType::Long,
+                    "shrink: keep_dim", dim, " must hold int64 CPU tensors of one dimension");
+    const int64_t* data = keep.const_data_ptr<int64_t>();
+    const int64_t count = keep.size(0);
+    const int64_t step = keep.stride(0);
+    const Known key{data, count, step, size, {}};
+    for (size_t i = known_.size(); i-- > 0 && i + 8 > known_.size();) {  // recent ones
+      const Known& k = known_[i];
+      if (k.data == data && k.count == count && k.step == step && k.size == size) return k.keep;
+    }
+    if (step != 1) {
+      copies_.emplace_back(count);
+      for (int64_t i = 0; i < count; i++) copies_.back()[i] = data[i * step];
+      data = copies_.back().data();
+    }
+    bool inside = true, all = count == size;
+    for (int64_t i = 0; i < count; i++) {
+      inside &= static_cast<uint64_t>(data[i]) < static_cast<uint64_t>(size);
+      all &= data[i] == i;
+    }
+    STD_TORCH_CHECK(inside, "shrink: an index in keep_dim", dim, " of tensor ", tensor,
+                    " is out of range [0, ", size, ")");
+    known_.push_back(key);
+    known_.back().keep = {data, count, all};
+    return known_.back().keep;
+  }
+
+ private:
+  struct Known {
+    const int64_t* data;
+    int64_t count, step, size;
+    Keep keep;
   };
-  bool all = fits(1);
-  for (int64_t d = dims - 1; d >= 2; d--) all = all && fits(d);
-  return all && fits(0);
-}
+  std::vector<Known> known_;
+  std::list<std::vector<int64_t>> copies_;  // a list: what it holds must not move
+};
 
 // One tensor to shrink. A row of the output is made of `groups` times the kept cells, of `cell`
 // bytes: one group of whole kernels [kh, kw] where those are dense, or one group of single elements
-// for each position of a channels_last kernel. Strides in bytes.
+// for each position of a channels_last kernel. Strides in bytes, but for those of `kernel`.
 struct Job {
   const char* from;
   char* to;
   Keep keep0, keep1;
   int64_t from_row, from_group, from_cell;
   int64_t to_row, groups, cell;
-  RowPair kernels;  // the kernels of one row, copied stride by stride where cell is 0
+  int64_t element;
+  PairLayout kernel;  // of the output and the input; for kernels that are not dense: cell is 0
 
-  void row(int64_t o) const {
+  bool whole_rows() const {
+    return cell != 0 && keep1.all && from_cell == cell &&
+           (groups == 1 || from_group == keep1.count * cell);
+  }
+
+  // Makes row o at `target`; row `after` is made next.
+  void row(int64_t o, int64_t after, char* target) const {
     const char* source = from + keep0.index[o] * from_row;
-    char* target = to + o * to_row;
-    const int64_t kept = static_cast<int64_t>(keep1.index.size());
     if (cell == 0) {
-      RowPair pair = kernels;
-      pair.to = target;
-      pair.from = source;
-      for (int64_t i = 0; i < kept; i++) pair.copy(i, keep1.index[i]);
+      const int64_t to_cell = to_row / keep1.count;
+      for (int64_t i = 0; i < keep1.count; i++) {
+        copy_row(kernel, element, target + i * to_cell, source + keep1.index[i] * from_cell);
+      }
       return;
     }
-    if (keep1.all && from_cell == cell && (groups == 1 || from_group == kept * cell)) {
-      std::memcpy(target, source, to_row);
-      return;
-    }
+    const char* next = from + keep0.index[after] * from_row;
     with_fixed_size(cell, [&](auto copy) {
       for (int64_t s = 0; s < groups; s++, source += from_group) {
-        for (int64_t i : keep1.index) {
-          copy(target, source + i * from_cell);
+        int64_t i = 0;
+        const auto copy_next = [&] {
+          copy(target, source + keep1.index[i++] * from_cell);
           target += cell;
+        };
+        if (cell >= kPrefetched) {
+          for (const int64_t* far = keep1.index + kAhead; i < keep1.count - kAhead;) {
+            __builtin_prefetch(source + far[i] * from_cell);
+            copy_next();
+          }
+          for (const int64_t* far = keep1.index; i < keep1.count; far++) {
+            __builtin_prefetch(next + *far * from_cell);
+            copy_next();
+          }
         }
+        while (i < keep1.count) copy_next();
       }
     });
   }
+
+  // Rows begin to end - 1. Neighbours that are kept whole are one block.
+  void rows(int64_t begin, int64_t end) const {
+    char* target = to + begin * to_row;
+    if (whole_rows()) {
+      for (int64_t o = begin; o < end; o++) {
+        const int64_t first = o;
+        while (from_row == to_row && o + 1 < end && keep0.index[o + 1] == keep0.index[o] + 1) o++;
+        const int64_t bytes = (o + 1 - first) * to_row;
+        std::memcpy(target, from + keep0.index[first] * from_row, bytes);
+        target += bytes;
+      }
+    } else {
+      for (int64_t o = begin; o < end; o++, target += to_row) {
+        row(o, std::min(o + 1, end - 1), target);
+      }
+    }
+  }
 };
 
-Tensor empty_output(const Tensor& x, const std::vector<int64_t>& sizes, bool channels_last) {
-  const MemoryFormat format = !channels_last ? MemoryFormat::Contiguous
-                              : x.dim() == 4 ? MemoryFormat::ChannelsLast
-                                             : MemoryFormat::ChannelsLast3d;
-  return torch::stable::empty(sizes, x.scalar_type(), x.layout(), x.device(), false, format);
-}
-
-Job describe(const Tensor& x, Keep keep0, Keep keep1, std::vector<Tensor>& outputs) {
+Job describe(const Tensor& x, const Keep& keep0, const Keep& keep1, std::vector<Tensor>& outputs) {
   const int64_t dims = x.dim();
   const int64_t element = static_cast<int64_t>(x.element_size());
-  const int64_t kept = static_cast<int64_t>(keep1.index.size());
-  const bool channels_last = is_channels_last(x);
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  sizes[0] = static_cast<int64_t>(keep0.index.size());
-  if (dims > 1) sizes[1] = kept;
-  const Tensor out = empty_output(x, sizes, channels_last);
-  outputs.push_back(out);
+  const OutputShape shape(x, keep0.count, keep1.count);
+  const bool channels_last = shape.channels_last;
+  outputs.push_back(shape.empty(x, 0));
 
   const int64_t skip = std::min<int64_t>(2, dims);
-  PairLayout kernel(sizes.data() + skip, out.strides().data() + skip, x.strides().data() + skip,
-                    dims - skip);
-  const int64_t to_stride = dims > 1 ? out.stride(1) : 1;
-  const int64_t from_stride = dims > 1 ? x.stride(1) : 1;
+  const auto strides = x.strides();
+  const PairLayout kernel(shape.sizes + skip, shape.strides + skip, strides.data() + skip,
+                          dims - skip);
   Job job{static_cast<const char*>(x.const_data_ptr()),
-          static_cast<char*>(out.mutable_data_ptr()),
-          std::move(keep0),
-          std::move(keep1),
-          x.stride(0) * element,
+          static_cast<char*>(outputs.back().mutable_data_ptr()),
+          keep0,
+          keep1,
+          strides[0] * element,
           0,
-          from_stride * element,
-          kept * kernel.count() * element,
+          (dims > 1 ? strides[1] : 1) * element,
+          keep1.count * kernel.count() * element,
           1,
           0,
-          {nullptr, nullptr, to_stride, from_stride, element, kernel}};
+          element,
+          kernel};
   if (channels_last) {
     job.groups = kernel.count();
     job.cell = element;
@@ -135,37 +176,32 @@ Job describe(const Tensor& x, Keep keep0, Keep keep1, std::vector<Tensor>& outpu
   return job;
 }
 
-std::vector<Tensor> shrink(const std::vector<Tensor>& tensors, const std::vector<Tensor>& keep_dim0,
-                           const std::vector<Tensor>& keep_dim1) {
+std::vector<Tensor> shrink(const TensorList& tensors, const TensorList& keep_dim0,
+                           const TensorList& keep_dim1) {
   STD_TORCH_CHECK(tensors.size() == keep_dim0.size() && tensors.size() == keep_dim1.size(),
                   "shrink: one keep_dim0 and one keep_dim1 for each tensor are wanted");
   std::vector<Tensor> outputs;
-  std::vector<Job> jobs;
-  std::vector<int64_t> start{0};  // rows
-  int64_t bytes = 0;
+  outputs.reserve(tensors.size());
+  RowRange<Job> jobs(tensors.size());
+  Keeps keeps0, keeps1;
   for (size_t t = 0; t < tensors.size(); t++) {
-    const Tensor& x = tensors[t];
+    const Tensor x = tensors[t];
     STD_TORCH_CHECK(x.is_cpu() && x.dim() >= 1, "shrink: tensors must be on the CPU, [O, ...]");
-    jobs.push_back(describe(x, Keep(keep_dim0[t], x.size(0), 0, t),
-                            x.dim() > 1 ? Keep(keep_dim1[t], x.size(1), 1, t) : Keep(), outputs));
-    const int64_t rows = jobs[t].to_row == 0 ? 0 : outputs[t].size(0);
-    start.push_back(start[t] + rows);
-    bytes += rows * jobs[t].to_row;
+    const Keep keep0 = keeps0.get(keep_dim0[t], x.size(0), 0, t);
+    const Keep keep1 = x.dim() > 1 ? keeps1.get(keep_dim1[t], x.size(1), 1, t) : kOne;
+    const Job job = describe(x, keep0, keep1, outputs);
+    jobs.add(job, keep0.count, job.to_row);
   }
-  const int64_t rows = start.back();
-  // A thread gets no less than about 128 KiB.
-  const int64_t grain = std::max<int64_t>(1, (rows << 17) / std::max<int64_t>(1, bytes));
-  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-    int64_t t = std::upper_bound(start.begin(), start.end(), begin) - start.begin() - 1;
-    for (int64_t r = begin; r < end; r++) {
-      while (r >= start[t + 1]) t++;
-      jobs[t].row(r - start[t]);
-    }
-  });
+  jobs.for_each([](const Job& job, int64_t begin, int64_t end) { job.rows(begin, end); });
   return outputs;
+}
+
+void boxed(StableIValue* stack, uint64_t, uint64_t) {
+  stack[0] = torch::stable::detail::from(
+      shrink(TensorList(stack[0]), TensorList(stack[1]), TensorList(stack[2])));
 }
 
 }  // namespace
 }  // namespace psap
 
-STABLE_TORCH_LIBRARY_IMPL(psap, CPU, m) { m.impl("shrink", TORCH_BOX(&psap::shrink)); }
+STABLE_TORCH_LIBRARY_IMPL(psap, CPU, m) { m.impl("shrink", &psap::boxed); }

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from psap_kernels import _checks, reference
-from psap_kernels._backend import select
+from psap_kernels import _backend, _checks, reference
 from psap_kernels._library import register
 
 
@@ -23,16 +23,32 @@ class LayerStats:
         filter_counts: int32 [3, F]; rows: below_tau, nonfinite_weight, nonfinite_grad.
         layer_sums: float64 [L, 7]; columns: the six sums above, and sum w.
         layer_counts: int64 [L, 3]; columns: the three counts above.
-        offsets: L + 1 numbers; the filters of layer i are offsets[i] to offsets[i + 1] - 1.
-        numels: L numbers of weights.
+        shapes: L shapes of weights.
+        input_weight_grad: float32 [I], sum of w g, signed, of every input channel (dimension 1) of
+            every layer that has one; None unless it was asked for.
     """
 
     filter_sums: Tensor
     filter_counts: Tensor
     layer_sums: Tensor
     layer_counts: Tensor
-    offsets: tuple[int, ...]
-    numels: tuple[int, ...]
+    shapes: tuple[torch.Size, ...]
+    input_weight_grad: Tensor | None = None
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """L + 1 numbers; the filters of layer i are offsets[i] to offsets[i + 1] - 1."""
+        return (0, *accumulate(shape[0] for shape in self.shapes))
+
+    @property
+    def numels(self) -> tuple[int, ...]:
+        """L numbers of weights."""
+        return tuple(shape.numel() for shape in self.shapes)
+
+    @property
+    def input_offsets(self) -> tuple[int, ...]:
+        """L + 1 numbers; the input channels of layer i are input_offsets[i] to [i + 1] - 1."""
+        return (0, *accumulate(_inputs(shape) for shape in self.shapes))
 
     @property
     def weight_abs(self) -> Tensor:
@@ -81,19 +97,22 @@ class LayerStats:
 
     def layer(self, index: int) -> LayerStats:
         """Return the part of one layer (views); ``index`` may be negative, as in a list."""
-        if not -len(self.numels) <= index < len(self.numels):
+        if not -len(self.shapes) <= index < len(self.shapes):
             raise IndexError(
-                f"index is {index}, wanted one of {len(self.numels)} layers: see len(stats.numels)"
+                f"index is {index}, wanted one of {len(self.shapes)} layers: see len(stats.shapes)"
             )
-        index %= len(self.numels)
+        index %= len(self.shapes)
         first, last = self.offsets[index], self.offsets[index + 1]
+        inputs = self.input_weight_grad
+        if inputs is not None:
+            inputs = inputs[self.input_offsets[index] : self.input_offsets[index + 1]]
         return LayerStats(
             self.filter_sums[:, first:last],
             self.filter_counts[:, first:last],
             self.layer_sums[index : index + 1],
             self.layer_counts[index : index + 1],
-            (0, last - first),
-            (self.numels[index],),
+            (self.shapes[index],),
+            inputs,
         )
 
     def layer_std(self) -> Tensor:
@@ -107,12 +126,12 @@ class LayerStats:
         return variance.sqrt()
 
 
-@torch.no_grad()
 def layer_stats(
     weights: Sequence[Tensor],
     grads: Sequence[Tensor] | None = None,
     *,
     tau: Tensor | None = None,
+    per_input: bool = False,
 ) -> LayerStats:
     """Sum up the weights and gradients of every filter of every layer, in one call.
 
@@ -123,6 +142,7 @@ def layer_stats(
             everything about gradients is 0.
         tau: float32 [L], the threshold of each layer for ``below_tau``, which counts
             |w| < tau (strict). None: the count is 0.
+        per_input: also sum w g over every input channel (dimension 1); needs ``grads``.
 
     Returns:
         The sums and counts as a ``LayerStats``. NaN and Inf make sums non-finite; counts stay
@@ -132,40 +152,53 @@ def layer_stats(
         ValueError: a shape, the number of tensors or a device does not fit.
         TypeError: not tensors, or a dtype that is not supported.
     """
-    weights = _checks.tensor_list("weights", weights)
-    grads = [] if grads is None else _checks.tensor_list("grads", grads, length=len(weights))
-    device = weights[0].device if weights else torch.device("cpu")
+    given = [] if grads is None else grads
     if tau is None:
-        tau = torch.zeros(len(weights), device=device)
-    if not isinstance(tau, Tensor):
-        raise TypeError(
-            f"tau is a {type(tau).__name__}, wanted a float32 tensor [L]: use torch.tensor(...)"
-        )
-    _checks.stats_arguments(weights, grads, tau)
-    op = select(torch.ops.psap.layer_stats.default, reference.layer_stats, device)
-    offsets = [0]
-    for weight in weights:
-        offsets.append(offsets[-1] + weight.shape[0])
-    filter_sums, filter_counts, layer_sums, layer_counts = op(weights, grads, tau)
+        tau = torch.zeros(len(weights), device=_backend.device_of(weights))
+    arguments = (weights, given, tau, per_input)
+    filter_sums, filter_counts, layer_sums, layer_counts, input_sums = _backend.run(
+        "layer_stats", weights, arguments, lambda: _check(weights, grads, tau, per_input)
+    )
     return LayerStats(
         filter_sums,
         filter_counts,
         layer_sums,
         layer_counts,
-        tuple(offsets),
-        tuple(weight.numel() for weight in weights),
+        tuple([weight.shape for weight in weights]),
+        input_sums if per_input else None,
     )
 
 
+def _check(
+    weights: Sequence[Tensor], grads: Sequence[Tensor] | None, tau: Tensor, per_input: bool
+) -> None:
+    weights = _checks.tensor_list("weights", weights)
+    if per_input and not grads and weights:
+        raise ValueError("per_input is True without grads: pass the gradient of every weight")
+    grads = [] if grads is None else _checks.tensor_list("grads", grads, length=len(weights))
+    if not isinstance(tau, Tensor):
+        raise TypeError(
+            f"tau is a {type(tau).__name__}, wanted a float32 tensor [L]: use torch.tensor(...)"
+        )
+    _checks.stats_arguments(weights, grads, tau)
+
+
+def _inputs(shape: torch.Size) -> int:
+    return shape[1] if len(shape) > 1 else 0
+
+
 def _fake(
-    weights: list[Tensor], grads: list[Tensor], tau: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    weights: list[Tensor], grads: list[Tensor], tau: Tensor, per_input: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _checks.one_device(weights, grads, [tau])
+    inputs = sum(_inputs(weight.shape) for weight in weights) if per_input else 0
     filters, layers = sum(weight.shape[0] for weight in weights), len(weights)
     return (
         tau.new_empty((6, filters), dtype=torch.float32),
         tau.new_empty((3, filters), dtype=torch.int32),
         tau.new_empty((layers, 7), dtype=torch.float64),
         tau.new_empty((layers, 3), dtype=torch.int64),
+        tau.new_empty(inputs, dtype=torch.float32),
     )
 
 

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from psap_kernels import _checks, reference
-from psap_kernels._backend import select
+from psap_kernels import _backend, _checks, reference
 from psap_kernels._library import register
 
 
@@ -31,17 +30,19 @@ def restore_filters_(
             twice; an expanded tensor.
         TypeError: not tensors, rows that are not int64, or saved rows of another dtype.
     """
+    arguments = (tensors, rows, saved)
+    _backend.run("restore_filters_", tensors, arguments, lambda: _check(*arguments))
+
+
+def _check(tensors: Sequence[Tensor], rows: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
     tensors = _checks.tensor_list("tensors", tensors)
     rows = _checks.tensor_list("rows", rows, length=len(tensors))
     saved = _checks.tensor_list("saved", saved, length=len(tensors))
     _checks.restore_arguments(tensors, rows, saved)
-    if tensors:
-        op = torch.ops.psap.restore_filters_.default
-        select(op, reference.restore_filters_, tensors[0].device)(tensors, rows, saved)
 
 
 def _fake(tensors: list[Tensor], rows: list[Tensor], saved: list[Tensor]) -> None:
-    return None
+    _checks.one_device(tensors, rows, saved)
 
 
 register("restore_filters_", reference=reference.restore_filters_, fake=_fake)

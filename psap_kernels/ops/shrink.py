@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from psap_kernels import _checks, reference
-from psap_kernels._backend import select
+from psap_kernels import _backend, _checks, reference
 from psap_kernels._library import register
 
 
@@ -35,36 +35,47 @@ def shrink(
         ValueError: an index is out of range, or a shape, list length or device does not fit.
         TypeError: not tensors, or indices that are not int64.
     """
-    tensors = _checks.tensor_list("tensors", tensors)
-    _checks.filters("tensors", tensors)
-    if keep_dim1 is None:
-        keep_dim1 = [None] * len(tensors)
-    keep_dim0 = _indices("keep_dim0", keep_dim0, tensors, dim=0)
-    keep_dim1 = _indices("keep_dim1", keep_dim1, tensors, dim=1)
-    if not tensors:
-        return []
-    op = select(torch.ops.psap.shrink.default, reference.shrink, tensors[0].device)
-    outputs: list[Tensor] = op(tensors, keep_dim0, keep_dim1)
+    keep_dim0 = _filled(keep_dim0, tensors, dim=0)
+    keep_dim1 = _filled([None] * len(tensors) if keep_dim1 is None else keep_dim1, tensors, dim=1)
+    arguments = (tensors, keep_dim0, keep_dim1)
+    outputs: list[Tensor] = _backend.run(
+        "shrink", tensors, arguments, lambda: _check(tensors, keep_dim0, keep_dim1)
+    )
     return outputs
 
 
-def _indices(
-    name: str, keep: Sequence[Tensor | None], tensors: list[Tensor], *, dim: int
-) -> list[Tensor]:
-    """Check ``keep``; None becomes 0, 1, ... size - 1, which a kernel copies as a block."""
-    sizes = [tensor.shape[dim] if tensor.dim() > dim else 0 for tensor in tensors]
-    device = tensors[0].device if tensors else torch.device("cpu")
-    full = _checks.optional_list(name, keep, sizes, device)
-    given = {
-        i: index for i, index in enumerate(full) if tensors[i].dim() > dim and keep[i] is not None
-    }
-    for i, index in given.items():
-        _checks.index_list(name, i, index, device)
-    _checks.index_ranges(name, given, dict(enumerate(sizes)))
-    return full
+def _filled(keep: Sequence[Tensor | None], tensors: Sequence[Tensor], *, dim: int) -> Any:
+    """None becomes 0, 1, ... size - 1, which a kernel copies as a block; all else stays as it is.
+
+    One arange serves all: the shorter lists are views of it, one for every size.
+    """
+    if not isinstance(keep, (list, tuple)) or all(index is not None for index in keep):
+        return keep
+    if len(keep) != len(tensors) or not all(isinstance(tensor, Tensor) for tensor in tensors):
+        return keep  # the checks will say so
+    shapes = [tensor.shape for tensor in tensors]
+    sizes = [shape[dim] if len(shape) > dim else 0 for shape in shapes]
+    everything = torch.arange(max(sizes), device=_backend.device_of(tensors))
+    views = {size: everything[:size] for size in set(sizes)}
+    return [
+        views[size] if index is None else index for index, size in zip(keep, sizes, strict=True)
+    ]
+
+
+def _check(tensors: Any, keep_dim0: Any, keep_dim1: Any) -> None:
+    tensors = _checks.tensor_list("tensors", tensors)
+    _checks.filters("tensors", tensors)
+    for dim, keep in enumerate((keep_dim0, keep_dim1)):
+        name = f"keep_dim{dim}"
+        lists = _checks.tensor_list(name, keep, length=len(tensors))
+        used = {i: index for i, index in enumerate(lists) if tensors[i].dim() > dim}
+        for i, index in used.items():
+            _checks.index_list(name, i, index, tensors[0].device)
+        _checks.index_ranges(name, used, {i: tensors[i].shape[dim] for i in used})
 
 
 def _fake(tensors: list[Tensor], keep_dim0: list[Tensor], keep_dim1: list[Tensor]) -> list[Tensor]:
+    _checks.one_device(tensors, keep_dim0, keep_dim1)
     outputs = []
     for tensor, keep0, keep1 in zip(tensors, keep_dim0, keep_dim1, strict=True):
         kept = (keep0.shape[0], keep1.shape[0])[: tensor.dim()]

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from psap_kernels import _checks, reference
-from psap_kernels._backend import select
+from psap_kernels import _backend, _checks, reference
 from psap_kernels._library import register
 
 
@@ -27,16 +26,17 @@ def zero_filters_(tensors: Sequence[Tensor], keep: Sequence[Tensor]) -> None:
         ValueError: a shape, the number of masks or a device does not fit; an expanded tensor.
         TypeError: not tensors, or a mask that is not bool.
     """
+    arguments = (tensors, keep)
+    _backend.run("zero_filters_", tensors, arguments, lambda: _check(*arguments))
+
+
+def _check(tensors: Sequence[Tensor], keep: Sequence[Tensor]) -> None:
     tensors = _checks.tensor_list("tensors", tensors)
-    keep = _checks.tensor_list("keep", keep, length=len(tensors))
-    _checks.zero_arguments(tensors, keep)
-    if tensors:
-        op = torch.ops.psap.zero_filters_.default
-        select(op, reference.zero_filters_, tensors[0].device)(tensors, keep)
+    _checks.zero_arguments(tensors, _checks.tensor_list("keep", keep, length=len(tensors)))
 
 
 def _fake(tensors: list[Tensor], keep: list[Tensor]) -> None:
-    return None
+    _checks.one_device(tensors, keep)
 
 
 register("zero_filters_", reference=reference.zero_filters_, fake=_fake)

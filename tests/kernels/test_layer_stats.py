@@ -294,15 +294,15 @@ def test_filter_too_long_for_int32_counts():
 
 def test_the_kernel_checks_too(compiled):
     op, tau = torch.ops.psap.layer_stats, torch.ones(1)
-    with pytest.raises(RuntimeError, match=r"a gradient has another shape than its weight"):
+    with pytest.raises(RuntimeError, match=r"a gradient differs from its weight"):
         op([W], [W.T], tau)
-    with pytest.raises(RuntimeError, match=r"a gradient has another dtype than its weight"):
+    with pytest.raises(RuntimeError, match=r"a gradient differs from its weight"):
         op([W], [W.half()], tau)
     with pytest.raises(RuntimeError, match=r"as many grads as weights"):
         op([W], [W, W], tau)
-    with pytest.raises(RuntimeError, match=r"tau must be a CPU tensor \[L\]"):
+    with pytest.raises(RuntimeError, match=r"tau must be a float32 CPU tensor \[L\]"):
         op([W], [], torch.ones(2))
-    with pytest.raises(RuntimeError, match=r"expected scalar type Float but found Double"):
+    with pytest.raises(RuntimeError, match=r"tau must be a float32 CPU tensor"):
         op([W], [], tau.double())
     with pytest.raises(RuntimeError, match=r"weights must be float32"):
         op([W.int()], [], tau)
@@ -314,3 +314,83 @@ def test_unknown_capability(compiled, monkeypatch):
         layer_stats([W])
     with pytest.raises(ValueError, match=r"PSAP_CPU_CAPABILITY is 'sse9', wanted"):
         psap_kernels.build_info()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sums_per_input_channel(backend, dtype):
+    shapes = [(7,), (3, 8), (5, 33), (40, 3, 3, 3), (9, 70, 1, 1), (200, 5, 5, 3), (0, 4, 3)]
+    weights = [make(shape, dtype) for shape in shapes]
+    grads = [make(shape, dtype, seed=1) for shape in shapes]
+    for form in (torch.contiguous_format, torch.channels_last):
+        weights = [w.contiguous(memory_format=form) if w.dim() == 4 else w for w in weights]
+        stats = layer_stats(weights, grads, per_input=True)
+        assert stats.input_weight_grad is not None
+        assert stats.input_offsets == (0, 0, 8, 41, 44, 114, 119, 123)
+        for i, (weight, grad) in enumerate(zip(weights, grads, strict=True)):
+            got = stats.layer(i).input_weight_grad
+            if weight.dim() == 1:
+                assert got.shape == (0,)
+                continue
+            terms = (weight.double() * grad.double()).transpose(0, 1).flatten(1).numpy()
+            want = np.array([oracle.add(row) for row in terms])
+            length = weight.numel() // weight.shape[1]
+            allowed = tolerances.relative(dtype, length, float32_result=True)
+            error = np.abs(got.double().numpy() - want)
+            np.testing.assert_array_less(error, allowed * np.abs(terms).sum(1) + 1e-30)
+
+
+def test_sums_per_input_channel_only_if_asked(backend):
+    stats = layer_stats([W], [W])
+    assert stats.input_weight_grad is None
+    with pytest.raises(ValueError, match="per_input is True without grads"):
+        layer_stats([W], per_input=True)
+
+
+def test_a_long_filter_is_read_in_pieces(backend):
+    w, g = make((2, 3, 50_000), torch.float32), make((2, 3, 50_000), torch.float32, seed=1)
+    w[1, 2, 49_999], g[0, 1, 7] = math.nan, math.inf
+    tau = torch.tensor([0.5])
+    stats = layer_stats([w, w], [g, g], tau=tau.repeat(2))
+    assert stats.nonfinite_weight.tolist() == [0, 1, 0, 1]
+    assert stats.nonfinite_grad.tolist() == [1, 0, 1, 0]
+    w, g = w.nan_to_num(0), g.nan_to_num(0, posinf=0)
+    check([w], [g], tau, layer_stats([w], [g], tau=tau))
+
+
+def test_bits_do_not_depend_on_threads(compiled):
+    shapes = [(2, 3, 50_000), (64, 64, 3, 3), (512, 40), (3000, 2)]
+    weights, grads = (
+        [make(s, torch.float32) for s in shapes],
+        [make(s, torch.float32, seed=1) for s in shapes],
+    )
+    results = []
+    for threads in (1, 2, 3, 8):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        for per_input in (True, False):
+            stats = layer_stats(weights, grads, per_input=per_input)
+            results.append((per_input, stats))
+        torch.set_num_threads(before)
+    for per_input, stats in results:
+        first = results[0 if per_input else 1][1]
+        for name in ("filter_sums", "filter_counts", "layer_sums", "layer_counts"):
+            assert torch.equal(getattr(stats, name), getattr(first, name)), name
+        if per_input:
+            assert torch.equal(stats.input_weight_grad, first.input_weight_grad)
+
+
+def test_ten_thousand_layers(backend):
+    weights = list(torch.arange(20_000.0).reshape(10_000, 2, 1).unbind(0))
+    stats = layer_stats(weights, weights)
+    assert torch.equal(stats.weight_abs, torch.arange(20_000.0))
+    assert stats.layer_sums[:, 6].sum() == sum(range(20_000))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_more_elements_than_int32_counts(compiled):
+    # One element in memory, 2^31 + 2^16 of them to read.
+    w = torch.ones(1).expand(2**15 + 1, 2**16)
+    stats = layer_stats([w], tau=torch.tensor([2.0]))
+    assert stats.layer_counts[0, 0] == w.numel() > 2**31
+    assert stats.layer_sums[0, 6] == w.numel()

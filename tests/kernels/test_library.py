@@ -26,12 +26,23 @@ def tensors() -> list[torch.Tensor]:
     return [conv(), conv(channels_last=True), conv()[:, 0], conv()[:, 0, 0, 0]]
 
 
+def gate_arguments() -> tuple:
+    terms = torch.tensor([[0, 0, 1], [1, 2, 2], [2, 1, 0]], dtype=torch.int32)
+    offsets = torch.tensor([0, 2, 2, 3], dtype=torch.int32)
+    values = tensors()[:3]
+    grads = [v + 1 for v in values]
+    sums, seen = torch.zeros(2, 3, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
+    return sums, seen, values, grads, terms, offsets, 0.5
+
+
 def op_arguments() -> dict[str, list[tuple]]:
     x = tensors()
     return {
         "layer_stats": [(x, x, torch.ones(4)), (x, [], torch.ones(4)), ([], [], torch.ones(0))],
         "shrink": [(x, [ROWS] * 4, [COLUMNS] * 4), ([], [], [])],
         "zero_filters_": [(x, [KEEP] * 4)],
+        "abs_histogram": [(x, torch.ones(4), 1 << 29, 20, 64), ([], torch.ones(0), 0, 20, 2048)],
+        "gate_stats_": [gate_arguments()],
         "restore_filters_": [(x, [ROWS] * 4, [t[ROWS] for t in x])],
     }
 
@@ -111,7 +122,9 @@ def test_the_backend_that_is_named_runs(compiled, monkeypatch):
 
 
 def test_unknown_backend():
-    with pytest.raises(ValueError, match=r"name is 'gpu', wanted one of auto, reference, cpu"):
+    with pytest.raises(
+        ValueError, match=r"name is 'gpu', wanted one of auto, reference, cpu, cuda, triton"
+    ):
         use_backend("gpu")
 
 
@@ -174,3 +187,10 @@ def test_import_is_quiet_and_cheap():
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_build_info_names_the_cuda_part_where_torch_has_cuda(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert build_info()["parts"]["_C_cuda"]["available"] in (True, False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "_C_cuda" not in build_info()["parts"]

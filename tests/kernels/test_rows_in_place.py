@@ -195,13 +195,44 @@ def test_the_kernels_check_too(compiled):
     zero, restore = torch.ops.psap.zero_filters_, torch.ops.psap.restore_filters_
     with pytest.raises(RuntimeError, match=r"as many keep masks as tensors"):
         zero([X], [])
-    with pytest.raises(RuntimeError, match=r"keep must be a CPU tensor \[O\]"):
+    with pytest.raises(RuntimeError, match=r"keep must be a bool CPU tensor \[O\]"):
         zero([X], [KEEP[:1]])
-    with pytest.raises(RuntimeError, match=r"expected scalar type Bool but found Int"):
+    with pytest.raises(RuntimeError, match=r"keep must be a bool CPU tensor"):
         zero([X], [KEEP.int()])
     with pytest.raises(RuntimeError, match=r"row 2 of tensor 0 is out of range \[0, 2\)"):
         restore([X], [ROW + 1], [X[:1]])
+    with pytest.raises(RuntimeError, match=r"rows of tensor 0 name a row twice"):
+        restore([X], [ROW.repeat(2)], [X])
+    with pytest.raises(RuntimeError, match=r"a tensor to write to is expanded"):
+        restore([X[:1].expand(2, 3)], [ROW], [X[:1]])
+    with pytest.raises(RuntimeError, match=r"a tensor to write to is expanded"):
+        zero([X[:1].expand(2, 3)], [KEEP])
     with pytest.raises(RuntimeError, match=r"saved must be \[len\(rows\), ...\]"):
         restore([X], [ROW], [X])
     with pytest.raises(RuntimeError, match=r"as many rows and saved tensors"):
         restore([X], [ROW], [])
+
+
+def test_what_is_refused_has_no_new_version(compiled):
+    x = torch.ones(2, 3)
+    with pytest.raises(ValueError, match=r"keep\[0\] has shape"):
+        zero_filters_([x], [KEEP[:1]])
+    assert x._version == 0
+    zero_filters_([x], [KEEP])
+    restore_filters_([x], [ROW], [X[:1]])
+    assert x._version == 2
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_neighbours_are_written_as_one_block_and_no_further(backend, layout):
+    base = torch.arange(1.0, 8 * 6 * 4 + 1).reshape(8, 6, 2, 2).to(memory_format=layout)
+    wide = base.repeat(1, 1, 1, 2)[..., :2]
+    keep = torch.tensor([True, False, False, True, False, False, False, True])
+    rows = torch.tensor([1, 2, 6, 4, 5])
+    for x in (base.clone(memory_format=torch.preserve_format), wide, base[:, 1:3]):
+        before = x.clone()
+        saved = x[rows]
+        zero_filters_([x], [keep])
+        assert torch.equal(x, before * keep[:, None, None, None])
+        restore_filters_([x], [rows], [saved])
+        assert torch.equal(x, before)

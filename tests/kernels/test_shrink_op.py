@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import math
+import os
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -191,13 +195,51 @@ def test_wrong_arguments(arguments, error, match):
 
 def test_the_kernel_checks_too(compiled):
     op = torch.ops.psap.shrink
-    with pytest.raises(RuntimeError, match=r"index 4 in keep_dim0 of tensor 0 is out of range"):
+    with pytest.raises(RuntimeError, match=r"an index in keep_dim0 of tensor 0 is out of range"):
         op([X], [KEEP + 3], [KEEP])
-    with pytest.raises(RuntimeError, match=r"index -1 in keep_dim1 of tensor 0 is out of range"):
+    with pytest.raises(RuntimeError, match=r"an index in keep_dim1 of tensor 0 is out of range"):
         op([X], [KEEP], [KEEP - 1])
     with pytest.raises(RuntimeError, match=r"one keep_dim0 and one keep_dim1 for each tensor"):
         op([X], [KEEP], [])
-    with pytest.raises(RuntimeError, match=r"keep_dim1 must hold CPU tensors of one dimension"):
+    with pytest.raises(
+        RuntimeError, match=r"keep_dim1 must hold int64 CPU tensors of one dimension"
+    ):
         op([X], [KEEP], [KEEP[None]])
-    with pytest.raises(RuntimeError, match=r"expected scalar type Long but found Int"):
+    with pytest.raises(RuntimeError, match=r"keep_dim0 must hold int64 CPU tensors"):
         op([X], [KEEP.int()], [KEEP])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="MALLOC_PERTURB_ is glibc's")
+def test_every_byte_of_the_output_is_written(compiled):
+    """The kernel takes its memory past PyTorch, which could poison it: malloc does it here."""
+    code = (
+        "import torch, psap_kernels\n"
+        "for dtype in (torch.uint8, torch.float32):\n"
+        "  for shape in ((6, 5), (6,), (40, 33, 3, 3), (7, 9, 5, 5), (6, 20, 2, 2, 2)):\n"
+        "    x = torch.ones(shape, dtype=dtype)\n"
+        "    for y in (x, x.movedim(0, -1).contiguous().movedim(-1, 0)):\n"
+        "      for n in (1, 2, 5):\n"
+        "        for keep in (torch.arange(n), None):\n"
+        "          (out,) = psap_kernels.shrink([y], [torch.arange(n)], [keep])\n"
+        "          assert bool((out == 1).all()), (dtype, shape, n)\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env={**os.environ, "MALLOC_PERTURB_": "165"}
+    )
+
+
+@pytest.mark.parametrize("keep", ["none", "random", "reversed", "runs"])
+def test_long_rows_and_runs(backend, keep):
+    """More kept cells than are fetched ahead, in every order."""
+    lists = {
+        "none": None,
+        "random": torch.randperm(50)[:31],
+        "reversed": torch.arange(49, 0, -2),
+        "runs": torch.tensor([*range(3, 20), *range(30, 33), 41]),
+    }
+    for shape in ((50, 50, 3, 3), (50, 50, 2, 2), (50, 50, 1, 1), (50, 50), (50,)):
+        x = numbers(shape)
+        for y in (x, x.to(memory_format=torch.channels_last)) if len(shape) == 4 else (x,):
+            for other in (lists[keep], None):
+                (got,) = shrink([y], [lists[keep]], [other])
+                check(got, y, lists[keep], other)
