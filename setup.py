@@ -22,7 +22,9 @@ PACKAGE = "psap_kernels"
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi"]
 CXX_FLAGS = ["-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", *WARNINGS]
-NVCC_FLAGS = ["-O3", "-lineinfo", "-DUSE_CUDA"]
+NVCC_FLAGS = ["-O3", "-lineinfo", "-DUSE_CUDA", "-Xcompiler", "-fvisibility=hidden"]
+# Compiled for where TORCH_CUDA_ARCH_LIST does not say it; PTX of the last one serves later GPUs.
+CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 
 
 class BuildError(RuntimeError):
@@ -79,6 +81,19 @@ def files(pattern: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
 
 
+def cuda_module(cpp: Any, common: dict[str, Any]) -> Extension:
+    """Return the CUDA part, which knows the architectures that it is compiled for."""
+    # PyTorch's default is the GPU of this machine, and there may be none.
+    wanted = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+    known = f'-DPSAP_CUDA_ARCHITECTURES="{wanted}"'
+    flags = common["extra_compile_args"]
+    flags = {"cxx": [*flags["cxx"], "-DUSE_CUDA", known], "nvcc": flags["nvcc"]}
+    sources = ["csrc/cuda/module.cpp", *files("csrc/cuda/*.cu")]
+    options = {**common, "extra_compile_args": flags}
+    made: Extension = cpp.CUDAExtension(f"{PACKAGE}._C_cuda", sources, **options)
+    return made
+
+
 def extension_modules() -> tuple[list[Extension], dict[str, Any]]:
     """Return the extension modules that this machine can build, and the command that does it."""
     try:
@@ -99,14 +114,14 @@ def extension_modules() -> tuple[list[Extension], dict[str, Any]]:
     system = [f"-isystem{path}" for path in cpp.include_paths()]
     cxx = [*CXX_FLAGS, *STABLE_ABI, *system, f"-ffile-prefix-map={ROOT}/="]
     common: dict[str, Any] = {
-        "depends": ["setup.py", *files("csrc/**/*.h")],
+        "depends": ["setup.py", *files("csrc/**/*.h"), *files("csrc/**/*.cuh")],
         "py_limited_api": True,
         "extra_compile_args": {"cxx": cxx, "nvcc": [*NVCC_FLAGS, *STABLE_ABI]},
     }
     sources = ["csrc/module.cpp", *files("csrc/cpu/*.cpp")]
     modules = [cpp.CppExtension(f"{PACKAGE}._C", sources, **common)]
     if "_C_cuda" in parts:
-        modules.append(cpp.CUDAExtension(f"{PACKAGE}._C_cuda", files("csrc/cuda/*.cu"), **common))
+        modules.append(cuda_module(cpp, common))
 
     class BuildOrWarn(cpp.BuildExtension):
         """A failed compile leaves no stale module behind and is reported, not fatal."""

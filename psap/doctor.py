@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import shutil
@@ -94,10 +95,12 @@ def _on_cpu(compiled: bool, parts: dict[str, Any], cuda: dict[str, Any]) -> tupl
 def _on_cuda(compiled: bool, parts: dict[str, Any], cuda: dict[str, Any]) -> tuple[str | None, str]:
     if cuda["built"] is None:
         return None, cuda["why"]
-    if compiled:
-        return "CUDA", "a CUDA kernel is registered"
-    missing = parts.get("_C_cuda", {}).get("why_missing")
-    return "reference", str(missing or "this version has no CUDA kernel for it")
+    part = parts["_C_cuda"]
+    if part["available"]:
+        return "CUDA", f"psap_kernels._C_cuda is built, for {part['architectures']}"
+    if importlib.util.find_spec("triton") is not None:
+        return "Triton", str(part["why_missing"])
+    return "reference", str(part["why_missing"])
 
 
 def _extras() -> dict[str, Any]:

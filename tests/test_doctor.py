@@ -122,3 +122,17 @@ def test_makes_no_cuda_context() -> None:
     code += "assert not torch.cuda.is_initialized()"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "built, triton, wanted",
+    [(True, True, "CUDA"), (False, True, "Triton"), (False, False, "reference")],
+)
+def test_what_serves_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, built: bool, triton: bool, wanted: str
+) -> None:
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: triton or None)
+    part = {"available": built, "architectures": "9.0", "why_missing": "it was not built"}
+    backend, why = doctor._on_cuda(True, {"_C_cuda": part}, {"built": "13.0"})
+    assert backend == wanted
+    assert why == ("psap_kernels._C_cuda is built, for 9.0" if built else "it was not built")
