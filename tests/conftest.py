@@ -12,6 +12,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+# Before triton is imported, by whatever test: without a GPU its kernels run in the interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 ROOT = Path(__file__).parents[1]
 
 settings.register_profile("psap", deadline=None, derandomize=True, database=None)
