@@ -12,7 +12,7 @@ says how much opening the gate would change the loss (docs/method.md, section 2)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch import Tensor
 import psap_kernels
 from psap.errors import StateError
 from psap.graph import Graph, Side
+from psap.places import Places, Terms, block, owners_of
 
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
@@ -36,10 +37,12 @@ class Saved:
     Attributes:
         rows: int64 [R], positions along the side.
         values: [R, ...], the tensor there, with the side's dimension moved to the front.
+        held: what the rows are held at while they are pruned: eps times the values behind a gate.
     """
 
     rows: Tensor
     values: Tensor
+    held: Tensor
 
 
 class Gates:
@@ -55,8 +58,9 @@ class Gates:
         self.graph = graph
         self.eps = eps
         self._optimizer = optimizer
-        self._parameters = dict(graph.model.named_parameters())
-        self._buffers = dict(graph.model.named_buffers())
+        self.parameters = dict(graph.model.named_parameters())
+        self.owners = owners_of(graph.model)
+        self._first = next(iter(self.parameters.values()))
         self._weights = {call.weight for call in graph.calls}
         self.makers = [
             side for side, role in graph.roles.items() if role == "out" and self._lives(side)
@@ -65,7 +69,10 @@ class Gates:
             side for side, role in graph.roles.items() if role == "state" and self._lives(side)
         ]
         self.gates = [side for side in self.makers if self._scales(side[0])]
-        self.saved: dict[Side, Saved] = {}
+        self._gates = Places(self.parameters, self.owners, self.gates)
+        self._device = self.device
+        self.saved = {}
+        self._alive: Bools | None = None
 
     def _lives(self, side: Side) -> bool:
         return bool((self.graph.channels[side] >= 0).any())
@@ -76,26 +83,66 @@ class Gates:
             return True
         weight = name if name in self._weights else f"{name.rpartition('.')[0]}.weight".lstrip(".")
         return (
-            name in self._parameters
+            name in self.parameters
             and weight in self._weights
             and weight not in self.graph.normalised
         )
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self._first.device
+
+    @property
+    def saved(self) -> dict[Side, Saved]:
+        """The saved copies of pruned rows."""
+        return self._saved
+
+    @saved.setter
+    def saved(self, saved: dict[Side, Saved]) -> None:
+        self._saved = saved
+        self._forget_plans()
+
+    def _forget_plans(self) -> None:
+        """Copies or masks have changed: what is prepared for every step is made anew."""
+        self._held: dict[bool, tuple[Places, list[Tensor], list[Tensor]]] = {}
+        self._terms: Terms | None = None
+
+    def _follow(self) -> None:
+        """If the model has moved to another device, the copies and masks go with it."""
+        device = self.device
+        if device == self._device:
+            return
+        self._device, self._alive = device, None
+        self.saved = {
+            side: Saved(*(t.to(device) for t in (saved.rows, saved.values, saved.held)))
+            for side, saved in self.saved.items()
+        }
+
     def front(self, side: Side) -> Tensor:
         """The tensor of a side, detached, with the side's dimension first."""
         name, dim = side
-        tensor = self._parameters.get(name, self._buffers.get(name))
-        if tensor is None:
-            raise StateError(f"{name} is gone from the model; do not replace modules while pruning")
-        return tensor.detach().movedim(dim, 0)
+        holder, key = self.owners[name]
+        tensor: Tensor = holder[key]
+        return tensor.detach().movedim(dim, 0) if dim else tensor.detach()
+
+    def _require_same_model(self) -> None:
+        now = dict(self.graph.model.named_parameters())
+        owners = owners_of(self.graph.model)
+        for name, _ in (*self.makers, *self.states):
+            if name not in owners or now.get(name) is not self.parameters.get(name):
+                raise StateError(
+                    f"{name} is gone from the model; do not replace modules while pruning"
+                )
+        self.owners = owners
 
     def weights(self) -> dict[str, Tensor]:
         """All parameters, with saved rows in the place of gated ones, for scores."""
-        result: dict[str, Tensor] = dict(self._parameters)
+        result: dict[str, Tensor] = dict(self.parameters)
         for side in self.gates:
             saved = self.saved.get(side)
             if saved is not None and side[0] in self._weights:
-                whole = self._parameters[side[0]].detach().clone()
+                whole = self.parameters[side[0]].detach().clone()
                 psap_kernels.restore_filters_(
                     [whole.movedim(side[1], 0)], [saved.rows], [saved.values]
                 )
@@ -113,6 +160,8 @@ class Gates:
         Args:
             alive: bool [channels], False for every pruned channel.
         """
+        self._require_same_model()
+        self._follow()
         for side in (*self.makers, *self.states):
             rows = np.flatnonzero(self._dead(side, alive))
             self._save(side, torch.from_numpy(rows))
@@ -124,8 +173,26 @@ class Gates:
         result: Bools = (channels >= 0) & ~alive[channels]
         return result
 
+    def _masks(self, alive: Bools) -> tuple[Places, list[Tensor]]:
+        """The makers with pruned rows, and bool masks of the rows that stay; made once per mask."""
+        self._follow()
+        if self._alive is not alive and (
+            self._alive is None or not np.array_equal(alive, self._alive)
+        ):
+            dead = {side: self._dead(side, alive) for side in self.makers}
+            some = [side for side, rows in dead.items() if rows.any()]
+            self._rows = Places(self.parameters, self.owners, some)
+            keeps = [torch.from_numpy(~dead[side]) for side in self._rows.sides]
+            self._keeps = [keep.to(self._device) for keep in keeps]
+            self._alive = alive.copy()
+        return self._rows, self._keeps
+
+    def _copy(self, side: Side, rows: Tensor, values: Tensor) -> Saved:
+        return Saved(rows, values, values * self.eps if side in self._gates.sides else values)
+
     def _save(self, side: Side, rows: Tensor) -> None:
         old = self.saved.pop(side, None)
+        self._forget_plans()
         if rows.numel() == 0:
             return
         tensor = self.front(side)
@@ -135,7 +202,7 @@ class Gates:
             both = torch.isin(rows, old.rows)
             source = torch.searchsorted(old.rows, rows[both])
             values[both] = old.values[source]
-        self.saved[side] = Saved(rows, values)
+        self.saved[side] = self._copy(side, rows, values)
 
     @torch.no_grad()
     def hold(self, *, whole: bool) -> None:
@@ -145,14 +212,14 @@ class Gates:
             whole: also put back what the gate does not scale (the filters themselves), so that
                 nothing of a pruned channel moves.
         """
-        sides = [s for s in (self.makers if whole else self.gates) if s in self.saved]
-        values = [
-            self.saved[s].values * self.eps if s in self.gates else self.saved[s].values
-            for s in sides
-        ]
-        psap_kernels.restore_filters_(
-            [self.front(s) for s in sides], [self.saved[s].rows for s in sides], values
-        )
+        self._follow()
+        if whole not in self._held:
+            sides = [s for s in (self.makers if whole else self.gates) if s in self.saved]
+            places = Places(self.parameters, self.owners, sides)
+            saved = [self.saved[s] for s in places.sides]
+            self._held[whole] = (places, [s.rows for s in saved], [s.held for s in saved])
+        places, rows, held = self._held[whole]
+        psap_kernels.restore_filters_(places.tensors(), rows, held)
 
     @torch.no_grad()
     def open(self, returned: Bools) -> None:
@@ -172,84 +239,105 @@ class Gates:
             rows, values = saved.rows[chosen], saved.values[chosen]
             psap_kernels.restore_filters_([self.front(side)], [rows], [values])
             stays = ~chosen
-            self.saved[side] = Saved(saved.rows[stays], saved.values[stays])
+            self.saved[side] = self._copy(side, saved.rows[stays], saved.values[stays])
+        self._forget_plans()
         self.forget(~returned)
 
     @torch.no_grad()
     def erase(self, alive: Bools) -> None:
         """Set everything that makes a pruned channel to exact zero."""
-        sides = [s for s in self.makers if self._dead(s, alive).any()]
-        tensors = [self.front(s) for s in sides]
-        keeps = [
-            torch.from_numpy(~self._dead(s, alive)).to(t.device)
-            for s, t in zip(sides, tensors, strict=True)
-        ]
-        psap_kernels.zero_filters_(tensors, keeps)
+        places, keeps = self._masks(alive)
+        psap_kernels.zero_filters_(places.tensors(), keeps)
 
     @torch.no_grad()
     def forget(self, alive: Bools) -> None:
         """Clear the optimizer's state (momentum, moments) of channels that are not alive."""
         tensors, keeps = [], []
-        for side in self.makers:
-            name, dim = side
-            parameter = self._parameters.get(name)
-            dead = self._dead(side, alive)
-            if parameter is None or not dead.any():
+        places, masks = self._masks(alive)
+        for (name, dim), keep in zip(places.sides, masks, strict=True):
+            parameter = self.parameters.get(name)
+            if parameter is None:
                 continue
             for value in self._optimizer.state.get(parameter, {}).values():
                 if isinstance(value, Tensor) and value.shape == parameter.shape and value.dim():
                     tensors.append(value.movedim(dim, 0))
-                    keeps.append(torch.from_numpy(~dead).to(value.device))
+                    keeps.append(keep.to(value.device))
         psap_kernels.zero_filters_(tensors, keeps)
 
     # Supervision
 
     @torch.no_grad()
-    def derivative(self) -> Floats | None:
-        """D of every channel from the gradients as they stand, float64 [channels].
+    def observe(self, sums: Tensor, seen: Tensor) -> None:
+        """Add the derivative d of every channel, from the gradients as they stand.
 
-        Returns:
-            None if a gradient is not finite or none is there.
+        Args:
+            sums: float64 [2, channels], to which d and d^2 are added.
+            seen: int64 [2]; the first counts, or the second if a derivative is not finite or no
+                gradient is there.
         """
-        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
-        if not gradients or not _finite(gradients):
-            return None
-        total = np.zeros(len(self.graph.group_of))
-        for side in self.gates:
-            name, dim = side
-            gradient = self._parameters[name].grad
-            if gradient is None:
-                continue
-            gradient = (
-                gradient.movedim(dim, 0).flatten(1) if gradient.dim() > 1 else gradient[:, None]
-            )
-            value = (
-                self.front(side).flatten(1)
-                if self.front(side).dim() > 1
-                else self.front(side)[:, None]
-            )
-            each = (value.double() * gradient.double()).sum(1)
+        self._follow()
+        present = [gradient is not None for gradient in self._gates.gradients()]
+        if not any(present):
+            seen[1] += 1
+            return
+        if self._terms is None or self._terms.present != present:
+            self._terms = self._make_terms(present)
+        known = self._terms
+        values = known.places.tensors()
+        grads: list[Any] = known.places.gradients()  # none is missing
+        grads += [grads[place] for place, _ in known.saved]
+        values += [copy for _, copy in known.saved]
+        scale = getattr(self._optimizer, "grad_scale", None)  # a GradScaler and a fused optimizer
+        psap_kernels.gate_stats_(
+            sums,
+            seen,
+            values,
+            grads,
+            known.terms,
+            known.offsets,
+            scale=1.0 if scale is None else 1.0 / float(scale),
+        )
+
+    def _make_terms(self, present: list[bool]) -> Terms:
+        """One term for every row that a gate scales: of the tensor, or of its saved copy."""
+        pairs = zip(self._gates.sides, present, strict=True)
+        places = Places(self.parameters, self.owners, [side for side, there in pairs if there])
+        copies: list[tuple[int, Tensor]] = []
+        blocks = [np.zeros((0, 4), dtype=np.int64)]  # channel, pair, row of value, row of gradient
+        for place, side in enumerate(places.sides):
+            channels = self.graph.channels[side]
+            rows = np.flatnonzero(channels >= 0)
             saved = self.saved.get(side)
             if saved is not None:
-                kept = saved.values.flatten(1) if saved.values.dim() > 1 else saved.values[:, None]
-                each[saved.rows] = (kept.double() * gradient[saved.rows].double()).sum(1)
-            channels = self.graph.channels[side]
-            inside = channels >= 0
-            np.add.at(total, channels[inside], each.cpu().numpy()[inside])
-        scale = getattr(self._optimizer, "grad_scale", None)  # a GradScaler and a fused optimizer
-        return total if scale is None else total / float(scale)
+                gone = saved.rows.cpu().numpy()
+                rows = np.setdiff1d(rows, gone)
+                pair = len(places.sides) + len(copies)
+                blocks.append(block(channels, pair, np.arange(len(gone)), gone))
+                copies.append((place, saved.values))
+            blocks.append(block(channels, place, rows, rows))
+        table = np.concatenate(blocks)
+        table = table[np.argsort(table[:, 0], kind="stable")]
+        count = len(self.graph.group_of)
+        offsets = np.searchsorted(table[:, 0], np.arange(count + 1)).astype(np.int32)
+        terms = np.ascontiguousarray(table[:, 1:].astype(np.int32))
+        return Terms(
+            present,
+            places,
+            copies,
+            torch.from_numpy(terms).to(self._device),
+            torch.from_numpy(offsets).to(self._device),
+        )
 
     @torch.no_grad()
     def still_gradients(self, alive: Bools) -> None:
         """Clear the gradients of pruned channels, so that momentum does not gather them."""
-        tensors, keeps = [], []
-        for side in self.makers:
-            gradient = self._parameters[side[0]].grad if side[0] in self._parameters else None
-            dead = self._dead(side, alive)
-            if gradient is not None and dead.any():
-                tensors.append(gradient.movedim(side[1], 0))
-                keeps.append(torch.from_numpy(~dead).to(gradient.device))
-        psap_kernels.zero_filters_(tensors, keeps)
+        places, keeps = self._masks(alive)
+        found = [
+            (gradient, keep)
+            for gradient, keep in zip(places.gradients(), keeps, strict=False)  # then buffers
+            if gradient is not None
+        ]
+        psap_kernels.zero_filters_([g for g, _ in found], [k for _, k in found])
 
     # State
 
@@ -284,12 +372,9 @@ class Gates:
             tensor, values = self.front(side), entry["values"]
             if values.shape != (len(wanted), *tensor.shape[1:]) or values.dtype != tensor.dtype:
                 raise StateError(f"the saved copy of {side[0]} does not fit this model")
-            saved[side] = Saved(wanted.to(tensor.device), values.to(tensor.device, copy=True))
+            saved[side] = self._copy(
+                side, wanted.to(tensor.device), values.to(tensor.device, copy=True)
+            )
         if len(saved) != len(state):
             raise StateError("the saved copies belong to another model")
         return saved
-
-
-def _finite(tensors: Iterable[Tensor]) -> bool:
-    norms = torch._foreach_norm([t for t in tensors if t.numel()], float("inf"))
-    return bool(torch.stack([norm.float().to(norms[0].device) for norm in norms]).isfinite().all())

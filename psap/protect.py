@@ -44,27 +44,38 @@ class Window:
 
     Args:
         channels: number of channels of the graph.
+        device: where the sums are; nothing is brought to the host before the window closes.
+
+    Attributes:
+        sums: float64 [2, channels], S1 and S2.
+        seen: int64 [2], optimizer steps added and left out.
     """
 
-    def __init__(self, channels: int) -> None:
-        self.sums: Floats = np.zeros((2, channels))
-        self.observed = 0
-        self.skipped = 0
+    def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
+        self.sums = torch.zeros(2, channels, dtype=torch.float64, device=device)
+        self.seen = torch.zeros(2, dtype=torch.int64, device=device)
 
-    def observe(self, derivative: Floats | None) -> None:
-        """Add the derivatives of one optimizer step; None counts as skipped."""
-        if derivative is None:
-            self.skipped += 1
-            return
-        self.sums[0] += derivative
-        self.sums[1] += derivative**2
-        self.observed += 1
+    def move(self, device: torch.device) -> None:
+        """Go where the model is."""
+        if self.sums.device != device:
+            self.sums, self.seen = self.sums.to(device), self.seen.to(device)
+
+    @property
+    def observed(self) -> int:
+        """Optimizer steps whose derivatives were added."""
+        return int(self.seen[0])
+
+    @property
+    def skipped(self) -> int:
+        """Optimizer steps that were left out, because a derivative was not finite."""
+        return int(self.seen[1])
 
     def significance(self) -> tuple[Floats, Floats]:
         """Usefulness v and significance z of every channel, float64 [channels] each."""
         count = max(1, self.observed)
-        value = -self.sums[0] / count
-        deviation = np.sqrt(np.maximum(0.0, self.sums[1] / count - value**2))
+        first, second = self.sums.cpu().numpy()
+        value = -first / count
+        deviation = np.sqrt(np.maximum(0.0, second / count - value**2))
         return value, value / np.maximum(deviation / np.sqrt(count), 1e-12)
 
     def judge(
@@ -137,8 +148,7 @@ class Window:
 
     def state_dict(self) -> dict[str, Any]:
         """The sums and counts."""
-        sums = torch.from_numpy(self.sums.copy())
-        return {"sums": sums, "observed": self.observed, "skipped": self.skipped}
+        return {"sums": self.sums.clone(), "observed": self.observed, "skipped": self.skipped}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` gave.
@@ -146,13 +156,14 @@ class Window:
         Raises:
             StateError: it has another number of channels.
         """
-        sums = state["sums"].detach().cpu().numpy().copy()
+        sums = state["sums"]
         if sums.shape != self.sums.shape or sums.dtype != self.sums.dtype:
-            raise StateError(f"the state is damaged: the window has shape {sums.shape}")
+            raise StateError(f"the state is damaged: the window has shape {tuple(sums.shape)}")
         observed, skipped = state["observed"], state["skipped"]
         if type(observed) is not int or type(skipped) is not int or min(observed, skipped) < 0:
             raise StateError(f"the state is damaged: the window observed {observed!r} steps")
-        self.sums, self.observed, self.skipped = sums, observed, skipped
+        self.sums.copy_(sums)
+        self.seen[0], self.seen[1] = observed, skipped
 
 
 def check_trainable(model: nn.Module) -> None:

@@ -100,7 +100,7 @@ class Pruner:
         self._alive: Bools = np.ones(count, dtype=bool)
         self._fresh: Bools = np.zeros(count, dtype=bool)
         self._bonus: Floats = np.zeros(count)
-        self._window = Window(count)
+        self._window = Window(len(self._alive), self.gates.device)
         self._sparsity: Floats | None = None
         self._step = self._calls = self._iteration = 0
         self._left = 0
@@ -185,7 +185,7 @@ class Pruner:
         when = {"step": step, "call": self._calls, "iteration": self._iteration}
         self.events.append(prune_event(self.cost, self.graph, done, **when))
         if config.protect == "pulse":
-            self._window = Window(len(self._alive))
+            self._window = Window(len(self._alive), self.gates.device)
             self._left = config.window
         elif step == config.prune_steps:
             self._finalise()
@@ -216,7 +216,7 @@ class Pruner:
     def _finalise(self) -> None:
         """The masks are final: erase the pruned channels and hold them at zero from now on."""
         self._final = True
-        self.gates.saved.clear()
+        self.gates.saved = {}
         self.gates.erase(self._alive)
         self.gates.forget(self._alive)
 
@@ -245,7 +245,8 @@ class Pruner:
 
     def _read_gradients(self, *, observe: bool) -> None:
         if observe:  # once per optimizer step
-            self._window.observe(self.gates.derivative())
+            self._window.move(self.gates.device)
+            self.gates.observe(self._window.sums, self._window.seen)
         self.gates.still_gradients(self._alive)
 
     def _after_optimizer(self, *_: Any) -> None:

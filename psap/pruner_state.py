@@ -183,7 +183,7 @@ def _read(state: Mapping[str, Any], config: Config, gates: Gates) -> PrunerState
     for group in groups:
         if not alive[group.start : group.start + group.size].any():
             raise StateError(f"the state is damaged: it keeps no channel of {group.name}")
-    window = Window(channels)
+    window = Window(channels, gates.device)
     window.load_state_dict(state["window"])
     none = state["sparsity"] is None
     return PrunerState(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import psap
-from psap import data, measure, record, report
+from psap import data, hazards, measure, record, report
 from psap.data import Loader
 from psap.errors import ArgumentError, FileError, PsapError, StateError
 from psap.models import create
@@ -113,11 +113,14 @@ class Run:
         )
         torch.manual_seed(config.seed)
         self.model = self._factory()
+        self.format = hazards.training_format(self.model)
+        self.model = self.model.to(memory_format=self.format)  # type: ignore[call-overload]
+        self.data = self.data.as_format(self.format)
         if config.weights is not None and tree is None:
             load_weights(self.model, config.weights)
         shape = (2, self.data.channels, self.data.size, self.data.size)
         example = torch.zeros(shape, device=self.device)
-        self.example = example.contiguous(memory_format=torch.channels_last)
+        self.example = example.clone(memory_format=self.format)
         self.optimizer: torch.optim.Optimizer = torch.optim.SGD(
             self.model.parameters(),
             lr=config.lr,
@@ -143,7 +146,7 @@ class Run:
         model = create(
             self.config.arch, num_classes=self.data.num_classes, in_channels=self.data.channels
         )
-        return model.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+        return model.to(self.device)
 
     def advance(self, stop: Stop, listener: Listener) -> None:
         """Finish the present epoch.
@@ -307,9 +310,9 @@ class Run:
         small = self.folder / "small.safetensors"
         psap.save(self.result, small)
         atomic_write(self.folder / "plan.json", self.result.plan.to_json())
-        dense = self._factory()
+        dense = self._factory().to(memory_format=self.format)  # type: ignore[call-overload]
         batch = self.example[:1].expand(min(self.config.batch_size, 128), -1, -1, -1)
-        batch = batch.contiguous(memory_format=torch.channels_last)
+        batch = batch.clone(memory_format=self.format)
         measured = record.Measured(
             began_accuracy=self.dense_accuracy,
             small_accuracy=evaluate(self.model, self.data.test, self.device),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import psap_kernels
-from psap import optim
+from psap import hazards, optim
 from psap.errors import ArgumentError, ArgumentTypeError, VerificationError
 from psap.graph.inputs import as_inputs, check_model
 from psap.plans import Plan, fingerprint
@@ -228,6 +228,9 @@ def apply(
         ArgumentError: the plan or the optimizer belongs to another model, or a value is unknown.
         ArgumentTypeError: an argument has the wrong type.
         VerificationError: the small network differs; names the first layer that does.
+
+    Warns:
+        PsapWarning: PyTorch may crash when it trains the small network further on this CPU.
     """
     model = check_plan(model, plan)
     if mode not in ("auto", "module", "graph"):
@@ -246,6 +249,7 @@ def apply(
         kept = plan.kept()
         state = optim.shrink_state(optimizer, names, lambda n, x: gather(x, kept.get(n, {})))
     report = {"verification": None if proof is None else vars(proof)}
+    hazards.warn_unsafe(small)
     done = replace(plan, graph=None)  # the result must not keep the dense model alive
     if inplace:
         _commit(model, small, optimizer, names, state)

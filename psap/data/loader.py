@@ -82,13 +82,15 @@ class Normalise:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
-    def __call__(self, raw: Tensor) -> Tensor:
-        """Uint8 [N, C, H, W] to float32 [N, C, H, W], channels_last."""
+    def __call__(
+        self, raw: Tensor, memory_format: torch.memory_format = torch.channels_last
+    ) -> Tensor:
+        """Uint8 [N, C, H, W] to float32 [N, C, H, W], in the given format."""
         mean = torch.tensor(self.mean).view(1, -1, 1, 1)
         std = torch.tensor(self.std).view(1, -1, 1, 1)
         x = (raw.to(torch.float32) / self.scale - mean) / std
         # A tensor with one channel looks contiguous in either format; an empty copy settles it.
-        out = torch.empty_like(x, memory_format=torch.channels_last)
+        out = torch.empty_like(x, memory_format=memory_format)
         return out.copy_(x)
 
 
@@ -132,7 +134,7 @@ class Augment:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Loader:
-    """Batches ``(x, y)``: x float32 [N, C, H, W] in channels_last, y int64 [N].
+    """Batches ``(x, y)``: x float32 [N, C, H, W], y int64 [N].
 
     Every batch depends on seed, epoch and position alone, never on what was read before: an
     interrupted run goes on bit-exactly with ``epoch(e, start=batches_done)``.
@@ -144,6 +146,7 @@ class Loader:
         augment: random changes, drawn anew in every epoch.
         shuffle: a new order in every epoch.
         seed: of the order and of the random changes.
+        memory_format: of x.
 
     Raises:
         ArgumentError: the batch size is below 1, the seed is negative or there is no image.
@@ -155,6 +158,7 @@ class Loader:
     augment: Augment = field(default_factory=Augment)
     shuffle: bool = False
     seed: int = 0
+    memory_format: torch.memory_format = torch.channels_last
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -188,7 +192,8 @@ class Loader:
         for first in range(start * self.batch_size, count, self.batch_size):
             part = slice(first, first + self.batch_size)
             raw, labels = self.images.take(order[part])
-            yield self.normalise(self.augment.apply(raw, draws[part])), labels
+            raw = self.augment.apply(raw, draws[part])
+            yield self.normalise(raw, self.memory_format), labels
 
 
 def split(count: int, share: float, seed: int) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from psap.data.loader import Augment, Images, Loader, Normalise, Subset, split
 
@@ -39,6 +41,15 @@ class DataSpec:
     def num_classes(self) -> int:
         """How many classes there are."""
         return len(self.classes)
+
+    def as_format(self, memory_format: torch.memory_format) -> DataSpec:
+        """The same data, with inputs in this memory format (channels_last unless set)."""
+        return replace(
+            self,
+            train=replace(self.train, memory_format=memory_format),
+            val=None if self.val is None else replace(self.val, memory_format=memory_format),
+            test=replace(self.test, memory_format=memory_format),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
