@@ -1,4 +1,4 @@
-# Targets: demo, test, check (lint, types, tests), zoo, clean. Each sets up what it needs; done twice in a row
+# Targets: demo, test, check (lint, types, tests), zoo, gpu-check, gpu-test, gpu-bench, clean. Each sets up what it needs; done twice in a row
 # it costs nothing. Settings: TORCH (version), PYTHON, VENV, PIP_ARGS (say, an index with CPU builds of torch).
 
 TORCH ?= 2.13.0
@@ -7,6 +7,8 @@ VENV ?= .venv
 ZOO ?= .venv-zoo
 ZOO_TORCH ?= 2.14.1
 ZOO_TORCHVISION ?= 0.29.1
+# One architecture is enough to load and to trace; gpu-check compiles the kernels for all.
+ZOO_CUDA_ARCH ?= 9.0
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 
@@ -41,7 +43,7 @@ READY := $(VENV)/.psap-installed
 ZOO_TORCH_READY := $(ZOO)/.psap-torch-$(ZOO_TORCH)-$(ZOO_TORCHVISION)
 ZOO_READY := $(ZOO)/.psap-installed
 
-.PHONY: help setup demo test check lint types zoo clean
+.PHONY: help setup demo test check lint types zoo gpu-check gpu-test gpu-bench clean
 
 help:
 	@head -n 2 Makefile
@@ -85,10 +87,10 @@ $(ZOO_TORCH_READY):
 	touch $@
 
 # A real install, not an editable one: it must not overwrite the extension that $(VENV) has in the tree.
-# Without build/lib, where modules that are gone since would come from, and without CUDA, which no zoo test uses.
+# Without build/lib, where modules that are gone since would come from. Where there is nvcc, with the CUDA part.
 $(ZOO_READY): $(ZOO_TORCH_READY) $(SOURCES)
 	rm -rf build/lib*
-	PSAP_CUDA=0 $(call install,$(ZOO)) --no-build-isolation ".[test]"
+	TORCH_CUDA_ARCH_LIST="$(ZOO_CUDA_ARCH)" $(call install,$(ZOO)) --no-build-isolation ".[test]"
 	touch $@
 
 # pytest's exit code 5: no test was selected; then the import alone is the test.
@@ -96,6 +98,20 @@ zoo: $(ZOO_READY)
 	$(ZOO_BIN)/python -I -c "import psap, psap_kernels, torch, torchvision, timm; \
 	print('psap', psap.__version__, 'imports with torch', torch.__version__)"
 	$(ZOO_BIN)/pytest -q -m zoo || { code=$$?; [ $$code -eq 5 ] && echo "no zoo test yet"; }
+
+# Without a GPU: what compilers make of the GPU kernels. PSAP_CUDA=1: what is missing is an error, not a skip.
+gpu-check: $(READY)
+	PSAP_CUDA=1 $(BIN)/python -m pytest -q -m "slow or not slow" $(wildcard tests/kernels/test_compile_gate.py \
+	tests/kernels/test_triton_aot.py) $(PYTEST_ARGS)
+
+# On a machine with an NVIDIA GPU, with a CUDA build of torch in $(VENV); both in under ten minutes.
+gpu-test: $(READY)
+	$(BIN)/python -m benchmarks gpu-ready
+	$(BIN)/python -m pytest -q -m gpu $(PYTEST_ARGS)
+	$(BIN)/python -m benchmarks sanitize
+
+gpu-bench: $(READY)
+	$(BIN)/python -m benchmarks gpu
 
 clean:
 	rm -rf $(VENV) $(ZOO) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

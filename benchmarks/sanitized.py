@@ -1,0 +1,88 @@
+"""Every op once on small tensors of all sorts, compared with the reference; for compute-sanitizer.
+
+``python benchmarks/sanitized.py cuda triton``: device, backend.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import psap_kernels
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+SHAPES = ((7,), (3, 33), (16, 8, 3, 3), (5, 3, 1, 1), (2, 65, 3, 3), (1, 1030))
+
+
+def inputs(dtype: torch.dtype, device: str) -> list[Tensor]:
+    """Tensors that are odd, channels_last, strided and off any alignment."""
+    found = [torch.randn(shape, device=device).to(dtype) for shape in SHAPES]
+    found.append(found[2].to(memory_format=torch.channels_last))
+    found.append(torch.randn(4, 18, device=device).to(dtype)[:, ::2])
+    found.append(torch.randn(4 * 9 + 1, device=device).to(dtype)[1:].view(4, 9))
+    return found
+
+
+def ops(dtype: torch.dtype, device: str) -> dict[str, list[Tensor]]:
+    """The results of every op on the backend in force, in a fixed order."""
+    torch.manual_seed(0)
+    w, g = inputs(dtype, device), inputs(dtype, device)
+    g = [a.new_empty(a.shape).copy_(b) for a, b in zip(w, g, strict=True)]
+    tau = torch.full((len(w),), 0.5, device=device)
+    stats = psap_kernels.layer_stats(w, g, tau=tau)
+    rows = [torch.arange(0, len(t), 2, device=device) for t in w]
+    columns = [torch.arange(0, t.shape[1], 2, device=device) if t.dim() > 1 else None for t in w]
+    keep = [torch.arange(len(t), device=device) % 2 == 0 for t in w]
+    zeroed, restored = [t.clone() for t in w], [t.clone() for t in w]
+    psap_kernels.zero_filters_(zeroed, keep)
+    psap_kernels.restore_filters_(restored, rows, [t[r] for t, r in zip(g, rows, strict=True)])
+    channels = sum(map(len, w))
+    terms = [(k, i, i) for k, t in enumerate(w) for i in range(len(t))]
+    sums = torch.zeros(2, channels, dtype=torch.float64, device=device)
+    seen = torch.zeros(2, dtype=torch.int64, device=device)
+    starts = torch.arange(channels + 1, dtype=torch.int32, device=device)
+    table = torch.tensor(terms, dtype=torch.int32, device=device)
+    psap_kernels.gate_stats_(sums, seen, w, g, table, starts, scale=0.5)
+    return {
+        "layer_stats": [stats.filter_sums, stats.filter_counts, stats.layer_sums],
+        "abs_histogram": [psap_kernels.abs_histogram(w, bins=2048)],
+        "gate_stats_": [sums, seen],
+        "shrink": psap_kernels.shrink(w, rows, columns),
+        "zero_filters_": zeroed,
+        "restore_filters_": restored,
+    }
+
+
+def compare(name: str, got: list[Tensor], want: list[Tensor]) -> None:
+    """Exactly, sums within what float32 lanes lose.
+
+    Raises:
+        RuntimeError: the op is wrong.
+    """
+    loose: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5, "equal_nan": True}
+    if name not in ("layer_stats", "gate_stats_"):
+        loose = {"rtol": 0, "atol": 0, "equal_nan": True}
+    for a, b in zip(got, want, strict=True):
+        if not torch.allclose(a.double(), b.double(), **loose):
+            raise RuntimeError(f"{name} differs from the reference")
+
+
+def main(device: str, backend: str) -> None:
+    """Run every op for every dtype."""
+    for dtype in DTYPES:
+        with psap_kernels.use_backend("reference"):
+            want = ops(dtype, device)
+        with psap_kernels.use_backend(backend):
+            got = ops(dtype, device)
+        for name in want:
+            compare(name, got[name], want[name])
+    if device != "cpu":
+        torch.cuda.synchronize()
+    print(f"every op, {backend} on {device}: equal to the reference")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
