@@ -13,8 +13,7 @@ from test_layer_stats import check, make
 
 from psap_kernels import LayerStats, reference
 
-WRONG = "AssertionError"  # a wrong result, or a counter that was not reset
-UNALIGNED = "EmulatorError: an access is not aligned"
+WRONG, UNALIGNED = "AssertionError", "EmulatorError: an access is not aligned"
 HEAP = "AddressSanitizer: heap-buffer-overflow"
 
 
@@ -40,8 +39,7 @@ def layer_stats(gpu: Emulated) -> None:
     weights = [make(s, torch.float32) for s in shapes]
     grads = [make(s, torch.float32, seed=1) for s in shapes]
     weights[2] = weights[2].contiguous(memory_format=torch.channels_last)
-    moved = torch.full((9 * 12 + 1,), math.nan)[1:].view(9, 12)
-    grads[3] = moved.copy_(grads[3])
+    grads[3] = torch.full((9 * 12 + 1,), math.nan)[1:].view(9, 12).copy_(grads[3])
     tau = torch.linspace(0.2, 1, len(shapes))
     out = gpu.layer_stats(weights, grads, tau)
     check(weights, grads, tau, LayerStats(*out[:4], tuple(w.shape for w in weights)))
