@@ -26,6 +26,7 @@ from torch import nn
 import psap
 from benchmarks import coverage_models as models
 from benchmarks import rows
+from psap.decisions import Decisions
 from psap.graph.outputs import output_tensors
 
 Library = Literal["psap", "torch-pruning", "torch-kirigami"]
@@ -47,7 +48,9 @@ def randomise(model: nn.Module) -> None:
     """Random norms: fresh ones are the identity or zero, and would hide errors."""
     generator = torch.Generator().manual_seed(0)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_floating_point() and tensor.dim() == 1:
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        if tensor.dim() == 1 or bool((tensor == tensor.reshape(-1)[0]).all()):
             numbers = torch.rand(tensor.shape, generator=generator)
             tensor.copy_(numbers + 0.5 if "bias" not in name else numbers - 0.5)
 
@@ -61,8 +64,10 @@ def _error(model: nn.Module, plan: psap.Plan, small: nn.Module, inputs: Any) -> 
     masked = psap.mask(model, plan).double().eval()
     other = copy.deepcopy(small).double().eval()
     cast = torch.utils._pytree.tree_map(lambda x: x.double(), inputs)
-    with torch.no_grad():
-        wanted, got = output_tensors(masked(*cast)), output_tensors(other(*cast))
+    with torch.no_grad(), Decisions(None, 1e-9) as decided:
+        wanted = output_tensors(masked(*cast))
+    with torch.no_grad(), Decisions(decided.made, 1e-9):  # equal scores may be sorted either way
+        got = output_tensors(other(*cast))
     if [x.shape for x in wanted] != [x.shape for x in got] or not wanted:
         return float("inf")
     return max(
@@ -227,6 +232,8 @@ def run(
         _need(module, "run it in the environment that `make zoo` sets up")
     if library != "psap":
         _need(library.replace("-", "_"), f"pip install --no-deps --target DIR {library}, --peers DIR")
+    for public in psap.__all__:  # imported here, once, and not in every child
+        getattr(psap, public)
     torch.set_num_threads(1)
     machine = rows.machine()
     known = out.read_text().splitlines() if out.exists() else []

@@ -92,7 +92,9 @@ def _takes_size(model: str) -> bool:
 def _detector(model: str) -> tuple[nn.Module, tuple[Any, ...]]:
     import torchvision
 
-    options = {} if model.startswith("ssd") else {"min_size": 128, "max_size": 160}
+    # Untrained heads are sure of nothing: let them find boxes all the same, or nothing is compared.
+    options: dict[str, Any] = {"box_score_thresh" if "rcnn" in model else "score_thresh": 0.0}
+    options |= {} if model.startswith("ssd") else {"min_size": 128, "max_size": 160}
     net = torchvision.models.get_model(model, weights=None, weights_backbone=None, **options)
     return net, ([torch.rand(3, 128, 160), torch.rand(3, 128, 128)],)
 

@@ -22,6 +22,7 @@ from psap.graph.groups import Side
 from psap.graph.labels import Ints, plain
 from psap.graph.rules import RULES
 from psap.graph.trace import Tracer, output_tensors, untouched
+from psap.openings import openings
 from psap.plans import Plan
 
 Stays = list[Tensor | None]
@@ -69,8 +70,9 @@ def program(
     Raises:
         VerificationError: the model cannot be traced symbolically, or a size cannot be rewritten.
     """
-    dense = _traced(model)
-    recorder = _record(dense, model, inputs)
+    cast = _cast(model, inputs)
+    dense = _traced(model, openings(model, cast, lambda tracer: _alive(tracer, plan)))
+    recorder = _record(dense, model, cast)
     alive = _alive(recorder.tracer, plan)
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
@@ -91,7 +93,7 @@ def program(
     return small
 
 
-def _traced(model: nn.Module) -> fx.GraphModule:
+def _traced(model: nn.Module, opened: frozenset[str]) -> fx.GraphModule:
     """The model as a program that serves both modes.
 
     Raises:
@@ -99,8 +101,8 @@ def _traced(model: nn.Module) -> fx.GraphModule:
     """
     try:
         with untouched(model):
-            trained = _symbolic(model.train())
-            dense = _symbolic(model.eval())
+            trained = _symbolic(model.train(), opened)
+            dense = _symbolic(model.eval(), opened)
     except Exception as error:
         raise VerificationError(
             f"torch.fx cannot trace {type(model).__name__}: {type(error).__name__}: {error}"
@@ -129,12 +131,20 @@ class _Symbolic(fx.Tracer):
 
     proxy_buffer_attributes = True
 
+    def __init__(self, opened: frozenset[str]) -> None:
+        super().__init__()
+        self._opened = opened
 
-def _symbolic(model: nn.Module) -> fx.GraphModule:
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether a module stays as it is."""
+        return module_qualified_name not in self._opened
+
+
+def _symbolic(model: nn.Module, opened: frozenset[str]) -> fx.GraphModule:
     """Trace, and take down the constants that torch.fx hangs on the model."""
     known = set(vars(model))
     try:
-        return fx.GraphModule(model, _Symbolic().trace(model), type(model).__name__)
+        return fx.GraphModule(model, _Symbolic(opened).trace(model), type(model).__name__)
     finally:
         for name in set(vars(model)) - known:
             delattr(model, name)
@@ -155,16 +165,20 @@ def _as_module(dense: fx.GraphModule, node: fx.Node, trained: fx.Node) -> bool:
     return True
 
 
-def _record(dense: fx.GraphModule, model: nn.Module, inputs: tuple[Any, ...]) -> _Recorder:
-    tracer = Tracer(model, RULES)  # of the same tensors; by the names that the plan has
+def _cast(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    cast = tree_map(
+    cast: tuple[Any, ...] = tree_map(
         lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, inputs
     )
+    return cast
+
+
+def _record(dense: fx.GraphModule, model: nn.Module, inputs: tuple[Any, ...]) -> _Recorder:
+    tracer = Tracer(model, RULES)  # of the same tensors; by the names that the plan has
     recorder = _Recorder(dense, tracer)
     with untouched(dense), tracer:
         dense.eval()
-        output = recorder.run(*cast)
+        output = recorder.run(*inputs)
     for tensor in output_tensors(output):
         labels = tracer.get(tensor)
         if labels is not None:
@@ -237,6 +251,8 @@ def _rewrite(node: fx.Node, twin: fx.Node, recorder: _Recorder, alive: Ints) -> 
         _slices(twin, node.args[1], recorder.values[source], before)
     elif name in ("split", "chunk", "tensor_split") and before is not None:
         _split(node, twin, recorder.values[source], recorder.values[node], before)
+    elif name.startswith("conv") and before is not None:
+        _groups(twin, recorder.values[source], before)
     elif name == "narrow" and before is not None:
         raise VerificationError(f"narrow at {node.name} has no rewriting rule")
 
@@ -257,6 +273,18 @@ def _sizes(node: fx.Node, twin: fx.Node, recorder: _Recorder, stays: Stays) -> N
     if len(sizes) != len(shape):
         raise VerificationError(f"the sizes of {node.name} cannot be rewritten")
     twin.args = (twin.args[0], tuple(new)) if packed else (twin.args[0], *new)
+
+
+def _groups(twin: fx.Node, shape: Any, before: Stays) -> None:
+    """A depthwise convolution has as many groups as channels stay."""
+    at = 6 if len(twin.args) > 6 else None
+    groups = twin.args[at] if at else twin.kwargs.get("groups", 1)
+    mask = before[1] if len(before) > 1 else None
+    if groups == shape[1] and groups != 1 and mask is not None:
+        if at:
+            twin.args = (*twin.args[:at], int(mask.sum()), *twin.args[at + 1 :])
+        else:
+            twin.kwargs = {**twin.kwargs, "groups": int(mask.sum())}
 
 
 def _pad(twin: fx.Node, small: Any, large: Any, after: Stays) -> None:

@@ -120,13 +120,13 @@ def _run_auxiliary(tracer: Tracer, model: nn.Module, inputs: tuple[Any, ...]) ->
     try:
         run(tracer, model, inputs, training=True)
     except TraceError:
-        doubled = _doubled(inputs)
+        doubled = doubled(inputs)
         if doubled is None:
             raise
         run(tracer, model, doubled, training=True)
 
 
-def _doubled(inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+def doubled(inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """The same inputs as a batch of two: batch norm refuses one value per channel."""
     if all(hasattr(x, "shape") and x.dim() and x.shape[0] == 1 for x in inputs):
         return tuple(x.expand(2, *x.shape[1:]).contiguous() for x in inputs)
@@ -139,7 +139,8 @@ def build(model: nn.Module, inputs: tuple[Any, ...], tracer: Tracer) -> Graph:
     roots = {side: root[labels.numpy()] for side, labels in tracer.along.items()}
     owners = _owners(model)
     _respect_frozen(model, roots, frozen)
-    weights = {call.weight for call in tracer.calls}
+    parameters = {name for name, _ in model.named_parameters()}
+    weights = {call.weight for call in tracer.calls} & parameters  # fixed filters make nothing
     alive = _prunable(roots, tracer.roles, weights, frozen, tracer.labels.count)
     channel, groups = _group(roots, alive, tracer.roles, weights, owners)
     channels = {side: channel[components] for side, components in roots.items()}

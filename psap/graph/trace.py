@@ -244,6 +244,10 @@ class Tracer(TorchDispatchMode):
         """A module's forward ends."""
         self._module.pop()
 
+    def where(self) -> tuple[str, ...]:
+        """The modules that run, outermost first."""
+        return tuple(self._module)
+
 
 def _reads_nothing(func: Any) -> bool:
     """Whether a call looks at the shape of its inputs only."""
