@@ -201,7 +201,9 @@ def _need(module: str, mend: str) -> None:
     try:
         importlib.import_module(module)
     except ImportError as error:
-        raise SystemExit(f"coverage needs {module}, which cannot be imported ({error}); {mend}") from None
+        raise SystemExit(
+            f"coverage needs {module}, which cannot be imported ({error}); {mend}"
+        ) from None
 
 
 def run(
@@ -231,7 +233,9 @@ def run(
     for module in ("torchvision", "timm"):
         _need(module, "run it in the environment that `make zoo` sets up")
     if library != "psap":
-        _need(library.replace("-", "_"), f"pip install --no-deps --target DIR {library}, --peers DIR")
+        _need(
+            library.replace("-", "_"), f"pip install --no-deps --target DIR {library}, --peers DIR"
+        )
     for public in psap.__all__:  # imported here, once, and not in every child
         getattr(psap, public)
     torch.set_num_threads(1)

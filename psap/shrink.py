@@ -185,12 +185,14 @@ def _refit(module: nn.Module) -> None:
 
 
 def _refit_conv(module: nn.modules.conv._ConvNd, weight: Tensor) -> None:
-    depthwise = module.groups > 1 and module.in_channels == module.groups and not module.transposed
+    depthwise = module.groups > 1 and module.in_channels == module.groups
+    multiplier = module.out_channels // module.groups
     if depthwise:
-        module.groups = weight.shape[0] // (module.out_channels // module.groups)
-    gives, reads = (1, 0) if module.transposed else (0, 1)
-    module.out_channels = weight.shape[gives]
-    module.in_channels = weight.shape[reads] * module.groups
+        module.groups = weight.shape[0] if module.transposed else weight.shape[0] // multiplier
+    if module.transposed:
+        module.in_channels, module.out_channels = weight.shape[0], weight.shape[1] * module.groups
+    else:
+        module.out_channels, module.in_channels = weight.shape[0], weight.shape[1] * module.groups
 
 
 def apply(

@@ -10,6 +10,19 @@ import torch
 from nets import chain, conv, image
 from torch import nn
 from torch.nn import functional as F
+from zoo_blocks import (
+    cross_channel_gate,
+    cross_stage,
+    fixed_filter,
+    frozen_batch_norm,
+    functional_depthwise,
+    fused_product,
+    global_response_norm,
+    grouped_transposed,
+    selective_kernel,
+    sorted_outputs,
+    split_attention,
+)
 from zoo_nets import (
     attention,
     auxiliary,
@@ -185,7 +198,9 @@ CASES: dict[str, Case] = {
     "tied decoder": _case(
         tied_decoder, last=6, alone={"w": "read and written", "stem": "read and written"}
     ),
-    "computed norm": _case(conditional_norm, stem=8, last=6, alone={"one": "computed in forward"}),
+    "computed norm": _case(
+        conditional_norm, stem=8, last=6, alone={"one": "not stay zero after add"}
+    ),
     "cat with zeros_like": _case(zeros_like_cat, stem=4, last=6),
     "roll": _case(rolled, stem=8, last=6, alone={"one": "roll moves channels"}),
     "index_select": _case(indexed, stem=8, last=6, alone={"one": "index_select moves channels"}),
@@ -196,9 +211,7 @@ CASES: dict[str, Case] = {
     "group norm, no parameters": _case(
         lambda: group_normed(10, False), stem=8, last=6, alone={"one": "without parameters"}
     ),
-    "instance norm, affine": _case(
-        lambda: instance_normed(True), stem=8, last=6, alone={"one": "computed in forward"}
-    ),
+    "instance norm, affine": _case(lambda: instance_normed(True), stem=8, one=10, last=6),
     "pixel shuffle": _case(pixel_shuffled, stem=8, one=6, last=6),
     "pixel unshuffle": _case(pixel_unshuffled, stem=8, one=4, last=6),
     "prelu, one slope": _case(lambda: with_prelu(1), stem=8, one=10, last=6),
@@ -206,4 +219,27 @@ CASES: dict[str, Case] = {
     "batch norm": _case(lambda: plain_bn(True), stem=8, one=10, last=6),
     "batch norm, not affine": _case(lambda: plain_bn(False), stem=8, one=10, last=6),
     "fixed view": _case(fixed_view, stem=8, one=8, last=6, graph=1),
+    "frozen batch norm": _case(frozen_batch_norm, stem=8, one=8, last=6),
+    "selective kernel": _case(selective_kernel, stem=8, a=8, down=6, last=6),
+    "split attention": _case(split_attention, stem=4, both=8, down=6, last=6),
+    "transposed, grouped": _case(lambda: grouped_transposed(12, 4), stem=2, up=3, last=6),
+    "transposed, depthwise": _case(lambda: grouped_transposed(8, 8), stem=8, last=6),
+    "transposed, depthwise, multiplier 2": _case(lambda: grouped_transposed(16, 8), stem=8, last=6),
+    "addcmul": _case(fused_product, stem=8, last=6),
+    "depthwise in forward": _case(functional_depthwise, stem=8, last=6, graph=1),
+    "fixed filter": _case(fixed_filter, stem=8, one=8, last=6),
+    "cross stage": _case(cross_stage, stem=8, one=4, one__2=4, last=6, graph=1, **{"two.0": 6}),
+    "cross-channel gate": _case(
+        cross_channel_gate,
+        stem=8,
+        last=6,
+        alone=dict.fromkeys(("one", "slide"), "convolution slides over the channels"),
+    ),
+    "global response norm": _case(
+        global_response_norm,
+        stem=8,
+        last=6,
+        alone=dict.fromkeys(("one", "scale", "shift"), "reduced over the channels"),
+    ),
+    "sorted outputs": Case(sorted_outputs, {"stem": 8}, {"head.2": "no rule for aten.sort"}),
 }

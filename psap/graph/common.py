@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from psap.graph.trace import Tracer
+from psap.graph.trace import Args, Tracer
 
 
 def first(out: Any) -> Tensor:
@@ -26,6 +26,9 @@ def channels_along(t: Tracer, x: Tensor, labels: Tensor, dim: int, op: str) -> T
         return None
     if labels.numel() == labels.shape[dim]:
         return labels.reshape(-1)
+    if labels.shape[dim] == 1:
+        t.freeze(labels, f"{op} slides over the channels")
+        return None
     first_one = labels
     for other in range(labels.dim()):
         if other != dim:
@@ -45,3 +48,22 @@ def freeze_all(t: Tracer, why: str, *tensors: Any) -> None:
 def computed(t: Tracer, *vectors: Any) -> bool:
     """Whether one of these is a tensor, but no parameter: its size is not known to follow."""
     return any(isinstance(v, Tensor) and t.view(v) is None for v in vectors)
+
+
+def reduced(a: Args, rank: int) -> list[int]:
+    """The dimensions that the argument ``dim`` means: all of them if there is none."""
+    dims = a.get("dim")
+    if dims is None or dims == []:
+        return list(range(rank))
+    return [d % rank for d in (dims if isinstance(dims, (list, tuple)) else [dims])]
+
+
+def vector(t: Tracer, x: Any) -> Tensor | None:
+    """Labels of an activation, or of a parameter that is a vector, in any direction."""
+    labels = t.get(x)
+    if labels is not None or t.view(x) is None:
+        return labels
+    wide = [d for d in range(x.dim()) if x.shape[d] > 1]
+    if len(wide) != 1:
+        return None
+    return t.claim(x, wide[0], "out").view([-1 if d == wide[0] else 1 for d in range(x.dim())])

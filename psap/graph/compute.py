@@ -38,10 +38,11 @@ def convolution(t: Tracer, a: Args, out: Tensor) -> None:
     t.count(view.name, float(positions))
     reads, gives = (0, 1) if a["transposed"] else (1, 0)
     if groups > 1:
-        labels = None if a["transposed"] else _grouped(t, x, weight, groups)
+        labels = (_grouped_back if a["transposed"] else _grouped)(t, x, weight, groups)
         if labels is None:
-            freeze_all(t, "no rule for this grouped convolution", x)
-            t.freeze_parameter(view, "no rule for this grouped convolution")
+            why = "a grouped convolution of data that has no channels to prune"
+            freeze_all(t, why, x)
+            t.freeze_parameter(view, why)
             return
     else:
         _consume(t, x, 1, weight, reads, "convolution")
@@ -74,6 +75,26 @@ def _grouped(t: Tracer, x: Tensor, weight: Tensor, groups: int) -> Tensor | None
     rows = gives.view(groups, -1)
     t.labels.unite(rows, rows[0])
     return gives
+
+
+def _grouped_back(t: Tracer, x: Tensor, weight: Tensor, groups: int) -> Tensor | None:
+    """The same for a transposed convolution, weight [in, out / groups, ...]."""
+    labels = t.get(x)
+    if labels is None:
+        return None
+    channels = channels_along(t, x, labels, 1, "grouped convolution")
+    if channels is None:
+        return None
+    t.settle(labels)
+    if weight.shape[0] == groups:
+        t.labels.unite(channels, t.claim(weight, 0, "out"))
+        t.labels.freeze(t.claim(weight, 1, "in"), "depthwise")
+        return channels.repeat_interleave(weight.shape[1])
+    reads = t.claim(weight, 0, "in")
+    t.labels.unite(channels, reads)
+    rows = reads.view(groups, -1)
+    t.labels.unite(rows, rows[0])
+    return t.claim(weight, 1, "out").repeat(groups)
 
 
 def _product(t: Tracer, x: Tensor, weight: Tensor, bias: Any, out: Tensor) -> None:
@@ -135,7 +156,7 @@ def batch_norm(t: Tracer, a: Args, out: Any) -> None:
     x, y = a["input"], first(out)
     vectors = [a.get(key) for key in ("weight", "bias", "running_mean", "running_var")]
     labels = t.get(x)
-    if labels is not None and computed(t, *vectors):
+    if labels is not None and any(t.get(v) is None for v in vectors if computed(t, v)):
         t.freeze(labels, "batch norm with vectors that are computed in forward")
         return
     channels = None if labels is None else channels_along(t, x, labels, 1, "batch norm")
@@ -148,15 +169,28 @@ def batch_norm(t: Tracer, a: Args, out: Any) -> None:
     for vector, role in zip(vectors, ("out", "out", "out", "state"), strict=True):
         if isinstance(vector, Tensor) and t.view(vector) is not None:
             t.labels.unite(t.claim(vector, 0, role), channels)
+        elif isinstance(vector, Tensor):
+            _computed(t, t.get(vector), channels, role)
     weight = vectors[0]
-    affine = isinstance(weight, Tensor) and (view := t.view(weight)) is not None
-    if affine:
+    view = t.view(weight)
+    if weight is not None:
         labels = plain(labels)
+    if view is not None:
         t.affine.update(v.name for v in map(t.view, vectors[:2]) if v is not None)
         source = t.origin(x)
-        if source is not None and view is not None:
+        if source is not None:
             t.normalised.setdefault(source, set()).add(view.name)
     t.set(y, labels)
+
+
+def _computed(t: Tracer, labels: Tensor | None, channels: Tensor, role: str) -> None:
+    """A vector that forward() makes from parameters, for example by repeating them."""
+    if labels is None or labels.numel() not in (1, channels.numel()):
+        t.freeze(channels, "batch norm with vectors that are computed in forward")
+        return
+    if role == "out":
+        t.settle(labels)
+    t.labels.unite(labels, channels)
 
 
 def layer_norm(t: Tracer, a: Args, out: Any) -> None:

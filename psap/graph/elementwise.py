@@ -7,15 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from psap.graph.common import channels_along, first, freeze_all
-from psap.graph.labels import plain, tainted
+from psap.graph.common import channels_along, first, freeze_all, vector
+from psap.graph.labels import TAINT, plain, tainted
 from psap.graph.trace import Args, Rule, Tracer
 
 
 def keeps_zero(t: Tracer, a: Args, out: Any) -> None:
     """f(0) = 0: the channel stays zero."""
-    x = next(iter(a.values()))
-    labels = t.get(x)
+    labels = vector(t, next(iter(a.values())))
     _no_others(t, a, labels)
     if labels is not None:
         t.set(first(out), labels)
@@ -34,8 +33,7 @@ def moves_zero(name: str) -> Rule:
     """f(0) != 0: the channel stays apart, but a pruned one is no longer zero."""
 
     def rule(t: Tracer, a: Args, out: Any) -> None:
-        x = next(iter(a.values()))
-        labels = t.get(x)
+        labels = vector(t, next(iter(a.values())))
         _no_others(t, a, labels)
         if labels is not None:
             t.set(first(out), t.taint(labels, name))
@@ -106,6 +104,8 @@ def _binary(t: Tracer, a: Args, out: Tensor, product: bool, name: str) -> None:
     x, y = a["self"], a["other"]
     known = t.get(x) if t.get(x) is not None else t.get(y)
     if known is None:
+        known = vector(t, x) if vector(t, x) is not None else vector(t, y)
+    if known is None:
         return
     sides = [_operand(t, x, known), _operand(t, y, known)]
     for index, (tensor, labels) in enumerate(((x, sides[0]), (y, sides[1]))):
@@ -170,7 +170,16 @@ def mul(t: Tracer, a: Args, out: Tensor) -> None:
 
 def div(t: Tracer, a: Args, out: Tensor) -> None:
     """Quotient: the numerator decides; channels in the denominator may not vanish."""
-    if t.get(a["other"]) is not None or t.view(a["other"]) is not None:
+    below = vector(t, a["other"])
+    if t.view(a["other"]) is not None or (below is not None and bool((below < TAINT).any())):
         freeze_all(t, "a channel is divided by", a["self"], a["other"])
         return
     _binary(t, a, out, True, "div")
+
+
+def addcmul(t: Tracer, a: Args, out: Tensor) -> None:
+    """``self + value * tensor1 * tensor2``."""
+    shape = torch.broadcast_shapes(a["tensor1"].shape, a["tensor2"].shape)
+    product = out.new_empty(1).expand(shape)
+    _binary(t, {"self": a["tensor1"], "other": a["tensor2"]}, product, True, "mul")
+    _binary(t, {"self": a["self"], "other": product}, out, False, "add")

@@ -120,10 +120,10 @@ def _run_auxiliary(tracer: Tracer, model: nn.Module, inputs: tuple[Any, ...]) ->
     try:
         run(tracer, model, inputs, training=True)
     except TraceError:
-        doubled = doubled(inputs)
-        if doubled is None:
+        twice = doubled(inputs)
+        if twice is None:
             raise
-        run(tracer, model, doubled, training=True)
+        run(tracer, model, twice, training=True)
 
 
 def doubled(inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from psap.graph.common import first
+from psap.graph.common import first, reduced, vector
 from psap.graph.labels import TAINT
 from psap.graph.trace import Args, Rule, Tracer, View
 
@@ -27,46 +27,6 @@ def pools(t: Tracer, a: Args, out: Any) -> None:
     if isinstance(out, (tuple, list)):
         for positions in out[1:]:  # of the maxima: they do not become zero
             t.set(positions, t.taint(labels, "the positions of a pooling"))
-
-
-def _reduced(a: Args, rank: int) -> list[int]:
-    dims = a.get("dim")
-    if dims is None or dims == []:
-        return list(range(rank))
-    return [d % rank for d in (dims if isinstance(dims, (list, tuple)) else [dims])]
-
-
-def reduces(t: Tracer, a: Args, out: Any) -> None:
-    """Mean, maximum, variance: within a channel only."""
-    labels = t.get(a["self"])
-    if labels is None:
-        return
-    dims = _reduced(a, labels.dim())
-    if any(labels.shape[dim] > 1 for dim in dims):
-        t.freeze(labels, "reduced over the channels")
-        return
-    _drop(t, labels, dims, out, bool(a.get("keepdim")))
-
-
-def sums(t: Tracer, a: Args, out: Any) -> None:
-    """A sum over channels does not miss zeros."""
-    labels = t.get(a["self"])
-    if labels is None:
-        return
-    dims = _reduced(a, labels.dim())
-    over = [dim for dim in dims if labels.shape[dim] > 1]
-    if not over:
-        _drop(t, labels, dims, out, bool(a.get("keepdim")))
-        return
-    t.settle(labels)
-    if labels.numel() != math.prod(labels.shape[dim] for dim in over):
-        t.freeze(labels, "summed over some of the dimensions that hold its channels")
-    t.closed = True
-
-
-def _drop(t: Tracer, labels: Tensor, dims: list[int], out: Any, keep: bool) -> None:
-    y = first(out)
-    t.set(y, labels if keep else labels.squeeze(tuple(dims)))
 
 
 def reshapes(t: Tracer, a: Args, out: Tensor) -> None:
@@ -181,10 +141,13 @@ def moves(op: Any) -> Rule:
     def rule(t: Tracer, a: Args, out: Any) -> None:
         values = list(a.values())
         labels = t.full(values[0])
+        if labels is None and t.view(values[0]) is not None and isinstance(out, Tensor):
+            reshapes(t, a, out)
+            if t.view(out) is None:
+                labels = vector(t, values[0])
         if labels is None:
-            if t.view(values[0]) is not None and isinstance(out, Tensor):
-                reshapes(t, a, out)
             return
+        labels = labels.expand(values[0].shape)
         moved = op(labels, *[v.cpu() if isinstance(v, Tensor) else v for v in values[1:]])
         if isinstance(out, (tuple, list)):
             for y, part in zip(out, moved, strict=True):
@@ -225,7 +188,7 @@ def shifts(op: Any) -> Rule:
         if labels is None:
             return
         given = a["dims"] if "dims" in a else a["dim"]
-        dims = _reduced({"dim": given}, labels.dim())
+        dims = reduced({"dim": given}, labels.dim())
         if any(labels.shape[dim] > 1 for dim in dims):
             t.freeze(labels, f"{op.__name__} moves channels by fixed positions")
         elif all(x == y for x, y in zip(a["self"].shape, out.shape, strict=True)):
@@ -304,6 +267,32 @@ def _varies(parts: list[Tensor], dim: int) -> bool:
 def _pairs(parts: list[Tensor], tensors: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
     rank = parts[0].dim()
     return list(zip(parts, [x for x in tensors if x.dim() == rank], strict=True))
+
+
+def stack(t: Tracer, a: Args, out: Tensor) -> None:
+    """Side by side along a new dimension."""
+    dim = int(a["dim"] or 0) % out.dim()
+    parts = []
+    for tensor in a["tensors"]:
+        labels = t.get(tensor)
+        if labels is None:
+            labels = t.labels.new(1).view([1] * tensor.dim())
+            t.labels.freeze(labels, "stacked data without channels")
+            labels = labels | TAINT
+        parts.append(labels.unsqueeze(dim))
+    t.set(out, torch.cat(torch.broadcast_tensors(*parts), dim))
+
+
+def index(t: Tracer, a: Args, out: Tensor) -> None:
+    """Chosen positions of one dimension that holds no channels."""
+    labels = t.get(a["self"])
+    given = [d for d, chosen in enumerate(a["indices"]) if chosen is not None]
+    if labels is None:
+        return
+    if len(given) == 1 and out.dim() == labels.dim() and labels.shape[given[0]] == 1:
+        t.set(out, labels)
+    else:
+        t.freeze(labels, "chosen by index")
 
 
 def embedding(t: Tracer, a: Args, out: Tensor) -> None:

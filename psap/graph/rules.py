@@ -22,6 +22,7 @@ from psap.graph.compute import (
 )
 from psap.graph.elementwise import (
     add,
+    addcmul,
     clamp,
     div,
     keeps_zero,
@@ -34,19 +35,20 @@ from psap.graph.movement import (
     cat,
     embedding,
     expands,
+    index,
     moves,
     pad,
     permutes,
     pixel_shuffle,
     pools,
-    reduces,
     reshapes,
     restrides,
     same,
     selects,
     shifts,
-    sums,
+    stack,
 )
+from psap.graph.reductions import reduces, softmax, sums
 from psap.graph.trace import Rule
 
 aten = torch.ops.aten
@@ -94,6 +96,7 @@ _table(prelu, "_prelu_kernel", "prelu")
 _table(add, "add", "add_", "sub", "sub_", "maximum", "minimum")
 _table(mul, "mul", "mul_")
 _table(div, "div", "div_")
+_table(addcmul, "addcmul", "addcmul_")
 _table(pools, "max_pool2d_with_indices", "max_pool3d_with_indices", "max_pool1d", "max_pool2d")
 _table(
     pools, "avg_pool2d", "avg_pool3d", "avg_pool1d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d"
@@ -103,8 +106,9 @@ _table(pools, "adaptive_max_pool2d", "adaptive_max_pool3d")
 _table(pools, "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d")
 _table(pools, "upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d")
 _table(pools, "reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d")
-_table(reduces, "mean", "amax", "amin", "var", "std")
+_table(reduces, "mean", "amax", "amin", "var", "std", "linalg_vector_norm")
 _table(sums, "sum")
+_table(softmax, "_softmax", "_log_softmax", "softmax", "log_softmax")
 _table(reshapes, "view", "_unsafe_view", "reshape", "_reshape_alias", "flatten")
 _table(permutes(aten.permute), "permute")
 _table(permutes(aten.transpose), "transpose")
@@ -128,4 +132,7 @@ _table(moves(aten.pixel_unshuffle), "pixel_unshuffle")
 _table(moves(aten.channel_shuffle), "channel_shuffle", "native_channel_shuffle")
 _table(pad, "constant_pad_nd")
 _table(cat, "cat")
+_table(stack, "stack")
+_table(index, "index")
+_table(pools, "grid_sampler_2d", "grid_sampler_3d")
 _table(embedding, "embedding")

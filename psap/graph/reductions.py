@@ -1,0 +1,71 @@
+"""Rules of what combines positions along whole dimensions: sums, means, norms, softmax."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from psap.graph.common import first, reduced
+from psap.graph.labels import plain, tainted
+from psap.graph.trace import Args, Tracer
+
+
+def _mixed(t: Tracer, labels: Tensor, dims: list[int]) -> Tensor | None:
+    """Labels after positions along ``dims`` have met: those go together, others stay apart.
+
+    Returns:
+        Labels of size 1 along ``dims``, or None if no others are left, that is, if it is the channels
+        themselves that met.
+    """
+    head = plain(labels)
+    for dim in dims:
+        head = head.narrow(dim, 0, 1)
+    if head.numel() == 1 and labels.numel() > 1:
+        return None
+    t.labels.unite(labels, head)
+    return head | tainted(labels).amax(dims, keepdim=True)
+
+
+def reduces(t: Tracer, a: Args, out: Any) -> None:
+    """Mean, maximum, variance, norm: within a channel, or over several that go together."""
+    labels = t.get(a["self"])
+    if labels is None:
+        return
+    dims = reduced(a, labels.dim())
+    mixed = _mixed(t, labels, dims)
+    if mixed is None:
+        t.freeze(labels, "reduced over the channels")
+        return
+    _drop(t, mixed, dims, out, bool(a.get("keepdim")))
+
+
+def sums(t: Tracer, a: Args, out: Any) -> None:
+    """A sum over channels does not miss zeros."""
+    labels = t.get(a["self"])
+    if labels is None:
+        return
+    dims = reduced(a, labels.dim())
+    mixed = _mixed(t, labels, dims)
+    if mixed is None:
+        t.settle(labels)
+        t.closed = True
+        return
+    _drop(t, mixed, dims, out, bool(a.get("keepdim")))
+
+
+def _drop(t: Tracer, labels: Tensor, dims: list[int], out: Any, keep: bool) -> None:
+    y = first(out)
+    t.set(y, labels if keep else labels.squeeze(tuple(dims)))
+
+
+def softmax(t: Tracer, a: Args, out: Tensor) -> None:
+    """Positions along one dimension share a sum; zero becomes a part of it."""
+    labels = t.get(a["self"])
+    if labels is None:
+        return
+    mixed = _mixed(t, labels, [int(a["dim"]) % labels.dim()])
+    if mixed is None:
+        t.freeze(labels, "softmax over the channels")
+        return
+    t.set(out, t.taint(mixed, "softmax"))

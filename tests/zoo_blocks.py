@@ -1,0 +1,136 @@
+"""Small networks of constructs that real models are made of: gates, splits, computed norms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from nets import Net, conv, head
+from torch import Tensor, nn
+from torch.nn import functional as F
+from zoo_nets import block, param
+
+
+def frozen_batch_norm() -> nn.Module:
+    """Statistics and affine pair are buffers, and forward() computes with them."""
+
+    def body(m: Any, x: Tensor) -> Tensor:
+        weight, bias, mean, var = (v.reshape(1, -1, 1, 1) for v in (m.w, m.b, m.mean, m.var))
+        scale = weight * (var + 1e-5).rsqrt()
+        return F.relu(m.one(x) * scale + (bias - mean * scale))
+
+    return block(8, body, one=conv(8, 8), **{n: torch.rand(8) for n in ("w", "b", "mean", "var")})
+
+
+def selective_kernel() -> nn.Module:
+    """Two branches that share a softmax, as in SKNet."""
+
+    def body(m: Any, x: Tensor) -> Tensor:
+        both = torch.stack([m.a(x), m.b(x)], 1)
+        s = m.up(F.relu(m.down(both.sum(1).mean((2, 3), keepdim=True))))
+        n, c, h, w = s.shape
+        return (both * torch.softmax(s.view(n, 2, c // 2, h, w), 1)).sum(1)
+
+    return block(8, body, a=conv(8, 8), b=conv(8, 8), down=conv(8, 6, 1), up=conv(6, 16, 1))
+
+
+def split_attention() -> nn.Module:
+    """Two halves of one grouped convolution that share a softmax, as in ResNeSt."""
+
+    def body(m: Any, x: Tensor) -> Tensor:
+        x = F.relu(m.both(x))
+        n, c, h, w = x.shape
+        halves = x.reshape(n, 2, c // 2, h, w)
+        s = m.up(F.relu(m.down(halves.sum(1).mean((2, 3), keepdim=True))))
+        s = F.softmax(s.view(n, 1, 2, -1).transpose(1, 2), 1).reshape(n, 2, c // 2, 1, 1)
+        return (halves * s).sum(1)
+
+    return block(
+        8, body, both=conv(8, 16, groups=2), down=conv(8, 6, 1), up=conv(6, 16, 1, groups=1)
+    )
+
+
+def grouped_transposed(out: int, groups: int) -> nn.Module:
+    return block(
+        8,
+        lambda m, x: F.relu(m.up(x)),
+        up=nn.ConvTranspose2d(8, out, 2, 2, groups=groups),
+        last=conv(out, 6),
+    )
+
+
+def fused_product() -> nn.Module:
+    return block(8, lambda m, x: torch.addcmul(m.one(x), x, m.one(x)), one=conv(8, 8))
+
+
+def functional_depthwise() -> nn.Module:
+    return block(8, lambda m, x: F.conv2d(x, m.w, padding=1, groups=8), w=param(8, 1, 3, 3))
+
+
+def fixed_filter() -> nn.Module:
+    """A blur: the filter is a buffer, which makes no channel of its own."""
+
+    def body(m: Any, x: Tensor) -> Tensor:
+        return F.conv2d(m.one(x), m.filter, padding=1, groups=m.filter.shape[0])
+
+    return block(8, body, one=conv(8, 8), filter=torch.rand(8, 1, 3, 3))
+
+
+class NormAct(nn.BatchNorm2d):
+    """A norm whose forward() does different things in the two modes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        if x.dim() != 4:
+            raise ValueError("wants images")
+        return F.relu(
+            F.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, self.training
+            )
+        )
+
+
+def cross_stage() -> nn.Module:
+    """Halves of fixed size, between modules that torch.fx cannot trace."""
+
+    def body(m: Any, x: Tensor) -> Tensor:
+        a, b = m.bn1(m.one(x)).split(4, 1)
+        return torch.cat([a, m.two(b)], 1)
+
+    two = nn.Sequential(conv(4, 6), NormAct(6))
+    return block(8, body, one=conv(8, 8), bn1=NormAct(8), two=two, last=conv(10, 6))
+
+
+def cross_channel_gate() -> nn.Module:
+    """ECA: a convolution slides over the channels."""
+
+    def body(m: Any, x: Tensor) -> Tensor:
+        x = m.one(x)
+        gate = m.slide(x.mean((2, 3)).unsqueeze(1)).sigmoid().squeeze(1)
+        return x * gate[:, :, None, None]
+
+    return block(8, body, one=conv(8, 10), slide=nn.Conv1d(1, 1, 3, padding=1), last=conv(10, 6))
+
+
+def global_response_norm() -> nn.Module:
+    def body(m: Any, x: Tensor) -> Tensor:
+        x = m.one(x)
+        size = x.norm(dim=(2, 3), keepdim=True)
+        return x + torch.addcmul(m.shift, m.scale, x * (size / (size.mean(1, keepdim=True) + 1)))
+
+    return block(
+        8, body, one=conv(8, 10), scale=param(1, 10, 1, 1), shift=param(1, 10, 1, 1),
+        last=conv(10, 6),
+    )  # fmt: skip
+
+
+def sorted_outputs() -> nn.Module:
+    """Equal scores, which rounding may sort either way."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        scores = m.head(F.relu(m.stem(x))).repeat(1, 4)
+        order = scores.argsort(1)
+        return torch.cat([scores, order.to(scores.dtype)], 1)
+
+    return Net(forward, stem=conv(3, 8), head=head(8))
