@@ -1,7 +1,7 @@
 """Which models of torchvision and timm can be pruned, how exactly, and at what price.
 
-Every model is pruned by half in a process of its own, with a time limit, and gives a JSON line. What
-is in the output file already is not run again. Needs torchvision and timm (``make zoo``); for
+Every model is pruned by half in a process of its own, with a time limit, and gives a JSON line.
+What is in the output file already is not run again. Needs torchvision and timm (``make zoo``); for
 ``--library torch-pruning`` or ``torch-kirigami`` those too (``--peers`` may name their folder).
 """
 

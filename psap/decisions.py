@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-DECIDING = frozenset(
-    "aten.sort aten.argsort aten.topk aten.argmax aten.argmin aten.kthvalue torchvision.nms".split()
-)
+DECIDING = frozenset({
+    "aten.sort", "aten.argsort", "aten.topk", "aten.argmax", "aten.argmin", "aten.kthvalue",
+    "torchvision.nms",
+})  # fmt: skip
 
 
 class Decisions(TorchDispatchMode):

@@ -20,10 +20,10 @@ from psap.graph.labels import Ints, plain
 from psap.graph.rules import RULES
 from psap.graph.trace import Tracer, run, untouched
 
-COUNTING = frozenset(
-    "view reshape flatten unflatten expand pad _pad __getitem__ split split_with_sizes chunk "
-    "tensor_split narrow repeat select index_select".split()
-)
+COUNTING = frozenset({
+    "view", "reshape", "flatten", "unflatten", "expand", "pad", "_pad", "__getitem__", "split",
+    "split_with_sizes", "chunk", "tensor_split", "narrow", "repeat", "select", "index_select",
+})  # fmt: skip
 """Names of calls whose arguments may count channels."""
 
 

@@ -15,8 +15,7 @@ def _mixed(t: Tracer, labels: Tensor, dims: list[int]) -> Tensor | None:
     """Labels after positions along ``dims`` have met: those go together, others stay apart.
 
     Returns:
-        Labels of size 1 along ``dims``, or None if no others are left, that is, if it is the channels
-        themselves that met.
+        Labels of size 1 along ``dims``, or None if no others are left: the channels themselves met.
     """
     head = plain(labels)
     for dim in dims:
