@@ -202,6 +202,30 @@ def _prunable(
 NDArrayBool = np.ndarray[Any, np.dtype[np.bool_]]
 
 
+@dataclass(frozen=True)
+class _Places:
+    """Which component occurs how often along which side; sorted by side, then by component."""
+
+    side: Ints
+    component: Ints
+    count: Ints
+
+    @staticmethod
+    def of(roots: Mapping[Side, Ints], components: int) -> _Places:
+        sizes = [found.size for found in roots.values()]
+        flat = np.concatenate([*roots.values(), np.empty(0, dtype=np.int64)])
+        keys = np.repeat(np.arange(len(sizes)), sizes) * max(1, components) + flat
+        unique, count = _runs(keys)
+        return _Places(unique // max(1, components), unique % max(1, components), count)
+
+
+def _runs(keys: Ints) -> tuple[Ints, Ints]:
+    """Distinct values, ascending, and how often each occurs; quick if they are nearly sorted."""
+    keys = np.sort(keys, kind="stable")
+    starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]])[: keys.size])
+    return keys[starts], np.diff(np.append(starts, keys.size))
+
+
 def _group(
     roots: Mapping[Side, Ints],
     alive: NDArrayBool,
@@ -210,22 +234,15 @@ def _group(
     owners: Mapping[str, str],
 ) -> tuple[Ints, tuple[Group, ...]]:
     """Gather components with the same sides; number their channels group after group."""
-    sides = list(roots)
+    places = _Places.of(roots, alive.size)
     signature = np.zeros(alive.size, dtype=np.uint64)
-    first = np.full(alive.size, np.iinfo(np.int64).max)
-    at = 0
-    for index, side in enumerate(sides):
-        components, counts = np.unique(roots[side], return_counts=True)
-        signature[components] += _mix(index, counts)
-        order = np.full(components.size, at) + np.arange(components.size)
-        first[components] = np.minimum(first[components], order)
-        at += roots[side].size
+    np.add.at(signature, places.component, _mix(places.side, places.count))
     chosen = np.flatnonzero(alive)
-    chosen = chosen[np.argsort(first[chosen], kind="stable")]
+    chosen = chosen[np.argsort(_first(roots, places, alive.size)[chosen], kind="stable")]
     channel = np.full(alive.size, -1, dtype=np.int64)
     members: dict[int, list[int]] = {}
-    for component in chosen.tolist():
-        members.setdefault(int(signature[component]), []).append(component)
+    for component, mixed in zip(chosen.tolist(), signature[chosen].tolist(), strict=True):
+        members.setdefault(mixed, []).append(component)
     in_group = np.full(alive.size, -1, dtype=np.int64)
     start = 0
     starts, sizes = [], []
@@ -235,27 +252,43 @@ def _group(
         starts.append(start)
         sizes.append(len(found))
         start += len(found)
-    shared = _sides(roots, in_group, sizes)
+    shared = _sides(list(roots), places, in_group, sizes)
     return channel, _named(starts, sizes, shared, roles, weights, owners)
 
 
-def _mix(index: int, counts: Ints) -> np.ndarray[Any, np.dtype[np.uint64]]:
+def _first(roots: Mapping[Side, Ints], places: _Places, components: int) -> Ints:
+    """Where each component occurs first, counted through all sides."""
+    offsets = np.cumsum([0, *(found.size for found in roots.values())])
+    within = np.arange(places.side.size) - np.searchsorted(places.side, places.side)
+    first = np.full(components, np.iinfo(np.int64).max)
+    np.minimum.at(first, places.component, offsets[places.side] + within)
+    return first
+
+
+def _mix(side: Ints, counts: Ints) -> np.ndarray[Any, np.dtype[np.uint64]]:
     """A fixed 64-bit hash of (side, count), to be added over the sides of a component."""
     with np.errstate(over="ignore"):
-        x = (np.uint64(index + 1) << np.uint64(32)) + counts.astype(np.uint64)
+        x = (side.astype(np.uint64) + np.uint64(1)) << np.uint64(32)
+        x = x + counts.astype(np.uint64)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         mixed: np.ndarray[Any, np.dtype[np.uint64]] = x ^ (x >> np.uint64(31))
         return mixed
 
 
-def _sides(roots: Mapping[Side, Ints], in_group: Ints, sizes: list[int]) -> list[dict[Side, int]]:
+def _sides(
+    sides: list[Side], places: _Places, in_group: Ints, sizes: list[int]
+) -> list[dict[Side, int]]:
+    """For every group how often a channel of it occurs along each side."""
     shared: list[dict[Side, int]] = [{} for _ in sizes]
-    for side, components in roots.items():
-        numbers, counts = np.unique(in_group[components], return_counts=True)
-        for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
-            if number >= 0:
-                shared[number][side] = count // sizes[number]
+    number = in_group[places.component]
+    inside = number >= 0
+    keys = places.side[inside] * max(1, len(sizes)) + number[inside]
+    pairs, where = np.unique(keys, return_inverse=True)
+    totals = np.bincount(where, weights=places.count[inside], minlength=pairs.size).astype(int)
+    for pair, total in zip(pairs.tolist(), totals.tolist(), strict=True):
+        side, group = divmod(pair, len(sizes))
+        shared[group][sides[side]] = total // sizes[group]
     return shared
 
 

@@ -66,7 +66,9 @@ class Labels:
 
     def unite(self, a: Tensor, b: Tensor) -> None:
         """Bind labels that broadcast to one shape, element by element."""
-        left, right = torch.broadcast_tensors(plain(a), plain(b))
+        left, right = plain(a), plain(b)
+        if a.shape != b.shape:
+            left, right = torch.broadcast_tensors(left, right)
         self._unions.append((left.reshape(-1).numpy().copy(), right.reshape(-1).numpy().copy()))
 
     def freeze(self, labels: Tensor, reason: str) -> None:

@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from psap.errors import TraceError
+from psap.graph.calls import Schema, TensorMap, bind, schema, tensors_in
 from psap.graph.labels import TAINT, Labels, compact, plain
 from psap.graph.outputs import NoDropout
 from psap.graph.outputs import output_tensors as output_tensors
@@ -75,9 +74,9 @@ class Tracer(TorchDispatchMode):
         self.counting = True
         self.closed = False
         self._rules = rules
-        self._views = WeakTensorKeyDictionary()
-        self._activations = WeakTensorKeyDictionary()
-        self._origin = WeakTensorKeyDictionary()
+        self._views: TensorMap[View] = TensorMap()
+        self._activations: TensorMap[Tensor] = TensorMap()
+        self._origin: TensorMap[str] = TensorMap()
         self._taints: dict[int, str] = {}
         self._claimed: set[str] = set()
         self._module: list[str] = []
@@ -108,7 +107,9 @@ class Tracer(TorchDispatchMode):
             dim: dimension of ``tensor``.
             role: "out" if zeros there make the channel zero, "in" if the channel is read there.
         """
-        view = self._views[tensor]
+        view = self._views.get(tensor)
+        if view is None:
+            raise KeyError("only parameters have sides")
         key = (view.name, view.dims[dim])
         self._claimed.add(view.name)
         if view.dims[dim] < 0:
@@ -159,8 +160,8 @@ class Tracer(TorchDispatchMode):
 
     def settle(self, labels: Tensor) -> None:
         """Freeze those labels that arrive tainted where zeros are needed."""
-        bad = plain(labels[labels >= TAINT])
-        if bad.numel():
+        if labels.numel() and int(labels.max()) >= TAINT:
+            bad = plain(labels[labels >= TAINT])
             why = self._taints.get(int(bad.reshape(-1)[0]), "a constant")
             self.freeze(bad, f"a pruned channel would not stay zero after {why}")
 
@@ -172,8 +173,7 @@ class Tracer(TorchDispatchMode):
 
     def origin(self, tensor: Tensor) -> str | None:
         """The weight of the convolution that a tensor comes straight from."""
-        found: str | None = self._origin.get(tensor)
-        return found
+        return self._origin.get(tensor)
 
     def count(self, weight: str, positions: float) -> None:
         """Count the MACs of one call; those of train mode alone cost nothing."""
@@ -186,46 +186,46 @@ class Tracer(TorchDispatchMode):
     ) -> Any:
         """Run the call, then let its rule move the labels."""
         kwargs = kwargs or {}
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        found = schema(func)
+        tensors = tensors_in((*args, *kwargs.values()))
         out = func(*args, **kwargs)
-        if not any(t in self._views or t in self._activations for t in tensors):
+        if not any(self.view(t) is not None or self.get(t) is not None for t in tensors):
             return out
-        if not _reads_nothing(func) or self._like_channels(func, tensors):
-            self._follow(func, _bind(func, args, kwargs), tensors, out)
+        if not found.shapes_only or self._like_channels(found, tensors):
+            self._follow(found, bind(found, args, kwargs), tensors, out)
         return out
 
-    def _like_channels(self, func: Any, tensors: list[Tensor]) -> bool:
+    def _like_channels(self, found: Schema, tensors: list[Tensor]) -> bool:
         """Whether a call makes a tensor in the shape of one that has channels."""
-        return func.overloadpacket in self._rules and self.get(tensors[0]) is not None
+        return found.packet in self._rules and self.get(tensors[0]) is not None
 
-    def _follow(self, func: Any, bound: Args, tensors: list[Tensor], out: Any) -> None:
+    def _follow(self, found: Schema, bound: Args, tensors: list[Tensor], out: Any) -> None:
         """Apply the rule, then freeze whatever it did not account for."""
         self._claimed, self.closed = set(), False
-        name = str(func.overloadpacket)
+        name = found.name
         before = [labels for t in tensors if (labels := self.get(t)) is not None]
-        rule = self._rules.get(func.overloadpacket)
+        rule = self._rules.get(found.packet)
         if rule is not None:
             rule(self, bound, out)
         elif before:
             self.unknown[name] += 1
-        results = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-        followed = self.closed or any(self.get(t) is not None for t in results)
-        if rule is None or not followed or self._writes_through(func, rule, tensors):
+        followed = self.closed or any(self.get(t) is not None for t in tensors_in((out,)))
+        if rule is None or not followed or self._writes_through(found, rule, tensors):
             for labels in before:
                 self.freeze(labels, f"no rule for {name}" if rule is None else f"lost in {name}")
         for tensor in tensors:
-            view = self._views.get(tensor)
+            view = self.view(tensor)
             if view is None:
                 continue
             self.reached.add(view.name)
             if view.name not in self._claimed:
                 self.freeze_parameter(view, f"{view.name} is used by {name}")
 
-    def _writes_through(self, func: Any, rule: Rule, tensors: list[Tensor]) -> bool:
+    def _writes_through(self, found: Schema, rule: Rule, tensors: list[Tensor]) -> bool:
         """Whether a call changes a part of another tensor in a way that may leave no zero there."""
         target = tensors[0]
         labels = self.get(target)
-        if not func._schema.is_mutable or not target._is_view() or labels is None:
+        if not found.mutable or not target._is_view() or labels is None:
             return False
         allowed = rule.__name__ in ("keeps_zero", "mul", "clamp", "restrides")
         return not allowed or bool((labels >= TAINT).any())
@@ -247,24 +247,6 @@ class Tracer(TorchDispatchMode):
     def where(self) -> tuple[str, ...]:
         """The modules that run, outermost first."""
         return tuple(self._module)
-
-
-def _reads_nothing(func: Any) -> bool:
-    """Whether a call looks at the shape of its inputs only."""
-    name: str = func.overloadpacket.__name__
-    return name.startswith(("new_", "sym_")) or name.endswith("_like")
-
-
-def _bind(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Args:
-    bound: Args = {}
-    for index, argument in enumerate(func._schema.arguments):
-        if index < len(args):
-            bound[argument.name] = args[index]
-        elif argument.name in kwargs:
-            bound[argument.name] = kwargs[argument.name]
-        else:
-            bound[argument.name] = argument.default_value if argument.has_default_value() else None
-    return bound
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

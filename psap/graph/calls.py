@@ -1,0 +1,85 @@
+"""Small things that tracing does for every call, made cheap: a map of tensors, and schemas."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from torch import Tensor
+
+Value = TypeVar("Value")
+
+
+class TensorMap(Generic[Value]):
+    """A mapping by identity that keeps no tensor alive.
+
+    The entry of a dead tensor stays until the map goes, but is never found: its id may belong to
+    another tensor by then, which its weak reference is not one of.
+    """
+
+    def __init__(self) -> None:
+        self._entries: dict[int, tuple[weakref.ref[Tensor], Value]] = {}
+
+    def get(self, tensor: Tensor) -> Value | None:
+        """The value of a tensor, or None."""
+        entry = self._entries.get(id(tensor))
+        return entry[1] if entry is not None and entry[0]() is tensor else None
+
+    def __setitem__(self, tensor: Tensor, value: Value) -> None:
+        self._entries[id(tensor)] = (weakref.ref(tensor), value)
+
+
+class Schema(NamedTuple):
+    """What tracing wants to know of an ATen overload.
+
+    Attributes:
+        packet: all overloads of the op.
+        name: its name, such as ``aten.add``.
+        defaults: name and default of every argument, in order.
+        mutable: whether it writes to an argument.
+        shapes_only: whether it looks at the shape of its inputs only.
+    """
+
+    packet: Any
+    name: str
+    defaults: tuple[tuple[str, Any], ...]
+    mutable: bool
+    shapes_only: bool
+
+
+@functools.lru_cache(maxsize=None)
+def schema(func: Any) -> Schema:
+    """The schema of an overload."""
+    packet = func.overloadpacket
+    short: str = packet.__name__
+    return Schema(
+        packet=packet,
+        name=str(packet),
+        defaults=tuple(
+            (x.name, x.default_value if x.has_default_value() else None)
+            for x in func._schema.arguments
+        ),
+        mutable=bool(func._schema.is_mutable),
+        shapes_only=short.startswith(("new_", "sym_")) or short.endswith("_like"),
+    )
+
+
+def bind(found: Schema, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments by their names in the schema."""
+    bound = {name: kwargs.get(name, default) for name, default in found.defaults}
+    for (name, _), value in zip(found.defaults, args, strict=False):
+        bound[name] = value
+    return bound
+
+
+def tensors_in(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors among the arguments of a call, and in its lists."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += tensors_in(value)
+    return found
