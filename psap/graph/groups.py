@@ -109,7 +109,7 @@ def trace(model: nn.Module, example_inputs: Any) -> Graph:
     tracer = Tracer(model, RULES)
     with untouched(model):
         run(tracer, model, inputs, training=False)
-        if any(name not in tracer.reached for name, _ in model.named_parameters()):
+        if any(name not in tracer.reached for name in tracer.parameters):
             tracer.counting = False
             _run_auxiliary(tracer, model, inputs)
     return build(model, inputs, tracer)
@@ -137,10 +137,9 @@ def build(model: nn.Module, inputs: tuple[Any, ...], tracer: Tracer) -> Graph:
     """Resolve the labels of a finished trace into groups."""
     root, frozen = tracer.labels.resolve()
     roots = {side: root[labels.numpy()] for side, labels in tracer.along.items()}
-    owners = _owners(model)
-    _respect_frozen(model, roots, frozen)
-    parameters = {name for name, _ in model.named_parameters()}
-    weights = {call.weight for call in tracer.calls} & parameters  # fixed filters make nothing
+    owners = {name: name.rpartition(".")[0] for name in tracer.shapes}
+    _respect_frozen(tracer, roots, frozen)
+    weights = {call.weight for call in tracer.calls} & set(tracer.parameters)  # no fixed filters
     alive = _prunable(roots, tracer.roles, weights, frozen, tracer.labels.count)
     channel, groups = _group(roots, alive, tracer.roles, weights, owners)
     channels = {side: channel[components] for side, components in roots.items()}
@@ -163,9 +162,9 @@ def build(model: nn.Module, inputs: tuple[Any, ...], tracer: Tracer) -> Graph:
     )
 
 
-def _respect_frozen(model: nn.Module, roots: Mapping[Side, Ints], frozen: dict[int, str]) -> None:
+def _respect_frozen(tracer: Tracer, roots: Mapping[Side, Ints], frozen: dict[int, str]) -> None:
     """A parameter that does not train keeps its shape."""
-    still = {name for name, p in model.named_parameters() if not p.requires_grad}
+    still = {name for name, p in tracer.parameters.items() if not p.requires_grad}
     for (name, _), components in roots.items():
         if name in still:
             for component in np.unique(components).tolist():
@@ -174,12 +173,6 @@ def _respect_frozen(model: nn.Module, roots: Mapping[Side, Ints], frozen: dict[i
 
 def _batch(inputs: tuple[Any, ...]) -> int:
     return next((int(x.shape[0]) for x in inputs if hasattr(x, "shape") and len(x.shape)), 1)
-
-
-def _owners(model: nn.Module) -> dict[str, str]:
-    """Name of the module of every parameter and buffer."""
-    names = [n for n, _ in model.named_parameters()] + [n for n, _ in model.named_buffers()]
-    return {name: name.rpartition(".")[0] for name in names}
 
 
 def _prunable(

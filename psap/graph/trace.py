@@ -80,7 +80,9 @@ class Tracer(TorchDispatchMode):
         self._taints: dict[int, str] = {}
         self._claimed: set[str] = set()
         self._module: list[str] = []
-        for name, tensor in _named_tensors(model):
+        self.parameters = dict(model.named_parameters())
+        self.buffers = dict(model.named_buffers())
+        for name, tensor in (*self.parameters.items(), *self.buffers.items()):
             self._views[tensor] = View(name, tuple(range(tensor.dim())))
             self.shapes[name] = tuple(tensor.shape)
 
@@ -247,11 +249,6 @@ class Tracer(TorchDispatchMode):
     def where(self) -> tuple[str, ...]:
         """The modules that run, outermost first."""
         return tuple(self._module)
-
-
-def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
 
 
 @contextmanager
