@@ -6,7 +6,9 @@ forward(), or what it does in train mode only, is no obstacle as long as it coun
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -60,35 +62,66 @@ class _Calls(TorchFunctionMode):
 
 def openings(
     model: nn.Module, inputs: tuple[Any, ...], alive: Callable[[Tracer], Ints]
-) -> frozenset[str]:
-    """Names of the modules in which a call with sizes meets a channel that goes.
+) -> dict[str, dict[str, Any]]:
+    """The modules in whose own forward() a call with sizes meets a channel that goes.
 
     Args:
         model: the dense model; it is not changed.
         inputs: inputs of the model's dtype.
         alive: for a finished trace 1 for every label whose channel stays, else 0.
+
+    Returns:
+        For the name of each module the arguments that it was called with and that are no tensors.
     """
-    opened: set[str] = set()
+    opened: dict[str, dict[str, Any]] = {}
     for training in (False, True):
-        tracer = Tracer(model, RULES)
-        calls = _Calls(tracer, model)
-        with untouched(model):
-            try:
-                with calls:
-                    run(tracer, model, inputs, training)
-            except TraceError:
-                twice = doubled(inputs)
-                if not training or twice is None:
-                    continue  # a mode that the dense network cannot run in
-                tracer = Tracer(model, RULES)
-                calls = _Calls(tracer, model)
-                try:
-                    with calls:
-                        run(tracer, model, twice, training)
-                except TraceError:
-                    continue
-        stays = torch.from_numpy(alive(tracer))
-        for where, labels in calls.found:
-            if not bool(stays[labels].all()):
-                opened.update(where)
-    return frozenset(opened)
+        for batch in (inputs, doubled(inputs)):
+            found = None if batch is None else _found(model, batch, training, alive)
+            if found is not None:
+                opened = {**found, **opened}
+                break
+    return opened
+
+
+def _found(
+    model: nn.Module, inputs: tuple[Any, ...], training: bool, alive: Callable[[Tracer], Ints]
+) -> dict[str, dict[str, Any]] | None:
+    """The same for one mode, or None if the dense network cannot run in it."""
+    tracer = Tracer(model, RULES)
+    calls = _Calls(tracer, model)
+    with untouched(model), _arguments(model) as given:
+        try:
+            with calls:
+                run(tracer, model, inputs, training)
+        except TraceError:
+            return None
+    stays = torch.from_numpy(alive(tracer))
+    names = {where[-1] for where, labels in calls.found if not bool(stays[labels].all())}
+    return {name: given.get(name, {}) for name in sorted(names)}
+
+
+@contextmanager
+def _arguments(model: nn.Module) -> Iterator[dict[str, dict[str, Any]]]:
+    """Arguments of the first call of every module that are None, switches or names."""
+    given: dict[str, dict[str, Any]] = {}
+    handles = []
+    try:
+        for name, module in model.named_modules():
+
+            def note(m: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+                bound = inspect.signature(m.forward).bind(*args, **kwargs)
+                bound.apply_defaults()
+                given.setdefault(
+                    name,
+                    {
+                        k: v
+                        for k, v in bound.arguments.items()
+                        if v is None or type(v) in (bool, str)
+                    },
+                )
+
+            handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
+        yield given
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -49,7 +49,7 @@ class Schema(NamedTuple):
     shapes_only: bool
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def schema(func: Any) -> Schema:
     """The schema of an overload."""
     packet = func.overloadpacket

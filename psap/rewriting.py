@@ -1,0 +1,201 @@
+"""Replaces the constants of a program that count channels by the number of those that stay."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from psap.errors import VerificationError
+from psap.graph.labels import Ints
+
+Stays = list[Tensor | None]
+"""For every dimension of an activation a bool mask [size], or None if all of it stays."""
+
+
+@dataclass
+class Record:
+    """What one run of the dense program showed.
+
+    Attributes:
+        labels: channel labels of every value that has some.
+        values: shapes of tensors, and values of everything else.
+    """
+
+    labels: dict[fx.Node, Tensor] = field(default_factory=dict)
+    values: dict[fx.Node, Any] = field(default_factory=dict)
+
+
+def _stays(node: Any, record: Record, alive: Ints) -> Stays | None:
+    """Which positions of an activation stay, per dimension; None if nothing goes."""
+    labels = record.labels.get(node)
+    if labels is None:
+        return None
+    lives = torch.from_numpy(alive)[labels].bool()
+    if bool(lives.all()):
+        return None
+    if not bool(lives.any()) and len(record.values[node]) > 1:
+        gone = torch.zeros(record.values[node][1], dtype=torch.bool)  # a slice of what goes
+        return [gone if dim == 1 else None for dim in range(lives.dim())]
+    masks: Stays = []
+    for dim in range(lives.dim()):
+        others = [d for d in range(lives.dim()) if d != dim]
+        along = lives.amax(others) if others else lives
+        masks.append(None if along.numel() == 1 else along)
+    outer = torch.ones_like(lives)
+    for dim, mask in enumerate(masks):
+        if mask is not None:
+            outer &= mask.view([-1 if d == dim else 1 for d in range(lives.dim())])
+    if not torch.equal(outer, lives):
+        raise VerificationError(
+            f"the channels of {node.name} cannot be removed: they form no block"
+        )
+    return masks
+
+
+def _kept_before(mask: Tensor | None, index: int) -> int:
+    return index if mask is None else int(mask[:index].sum())
+
+
+def rewrite(node: fx.Node, twin: fx.Node, record: Record, alive: Ints) -> None:
+    """Replace the constants of one call, if it has any that count channels."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if node.op not in ("call_function", "call_method") or not node.args:
+        return
+    source = node.args[0]
+    if not isinstance(source, fx.Node):
+        return
+    if name in ("view", "reshape", "flatten", "expand", "pad"):
+        stays = _stays(node, record, alive)
+        if stays is not None and name == "pad":
+            _pad(twin, record.values[source], record.values[node], stays)
+        elif stays is not None:
+            _sizes(node, twin, record, alive, stays)
+        return
+    before = _stays(source, record, alive)
+    if node.target is operator.getitem and before is not None:
+        _slices(twin, node.args[1], record.values[source], before)
+    elif name in ("split", "chunk", "tensor_split") and before is not None:
+        _split(node, twin, record.values[source], record.values[node], before)
+    elif name.startswith("conv") and before is not None:
+        _groups(twin, record.values[source], before)
+    elif name == "narrow" and before is not None:
+        raise VerificationError(f"narrow at {node.name} has no rewriting rule")
+
+
+def _sizes(node: fx.Node, twin: fx.Node, record: Record, alive: Ints, stays: Stays) -> None:
+    if node.target in (torch.flatten,) or node.target == "flatten":
+        return
+    packed = len(node.args) == 2 and isinstance(node.args[1], (tuple, list))
+    given = node.args[1] if len(node.args) == 2 else None
+    if isinstance(given, fx.Node) and isinstance(record.values[given], torch.Size):
+        return  # the shape of another tensor, which is right if that is
+    sizes: Any = node.args[1] if packed else node.args[1:]
+    shape = record.values[node]
+    copies: Any = twin.args[1] if packed else twin.args[1:]
+    new = []
+    for d, (size, copy) in enumerate(zip(sizes, copies, strict=True)):
+        mask = stays[d] if d < len(stays) else None
+        fixed = isinstance(size, int) and size > 0
+        if mask is not None and (fixed or _other(size, int(mask.sum()), record, alive)):
+            copy = int(mask.sum())
+        new.append(copy)
+    if len(sizes) != len(shape):
+        raise VerificationError(f"the sizes of {node.name} cannot be rewritten")
+    twin.args = (twin.args[0], tuple(new)) if packed else (twin.args[0], *new)
+
+
+def _other(size: Any, wanted: int, record: Record, alive: Ints) -> bool:
+    """Whether a size is read off a tensor that keeps another number of channels there."""
+    if not isinstance(size, fx.Node) or not size.args:
+        return False
+    source: Any = size.args[0]
+    dim = size.args[-1]
+    if isinstance(source, fx.Node) and size.target is operator.getitem and source.args:
+        source = source.args[0]  # of ``x.shape[dim]``: source is getattr(x, "shape")
+    known = isinstance(source, fx.Node) and isinstance(record.values.get(source), torch.Size)
+    if not known or not isinstance(dim, int):
+        return False
+    shape = record.values[source]
+    before = _stays(source, record, alive)
+    mask = before[dim % len(shape)] if before is not None else None
+    return wanted != (shape[dim] if mask is None else int(mask.sum()))
+
+
+def _groups(twin: fx.Node, shape: Any, before: Stays) -> None:
+    """A depthwise convolution has as many groups as channels stay."""
+    at = 6 if len(twin.args) > 6 else None
+    groups = twin.args[at] if at else twin.kwargs.get("groups", 1)
+    mask = before[1] if len(before) > 1 else None
+    if groups == shape[1] and groups != 1 and mask is not None:
+        if at:
+            twin.args = (*twin.args[:at], int(mask.sum()), *twin.args[at + 1 :])
+        else:
+            twin.kwargs = {**twin.kwargs, "groups": int(mask.sum())}
+
+
+def _pad(twin: fx.Node, small: Any, large: Any, after: Stays) -> None:
+    rank = len(large)
+    amounts = list(twin.args[1] if len(twin.args) > 1 else twin.kwargs["pad"])  # type: ignore[arg-type]
+    for index in range(len(amounts) // 2):
+        dim = rank - 1 - index
+        mask = after[dim]
+        if mask is None or large[dim] == small[dim]:
+            continue
+        low, high = amounts[2 * index], amounts[2 * index + 1]
+        amounts[2 * index] = _kept_before(mask, low)
+        amounts[2 * index + 1] = int(mask[large[dim] - high :].sum())
+    if len(twin.args) > 1:
+        twin.args = (twin.args[0], tuple(amounts), *twin.args[2:])
+    else:
+        twin.kwargs = {**twin.kwargs, "pad": tuple(amounts)}
+
+
+def _slices(twin: fx.Node, index: Any, shape: Any, before: Stays) -> None:
+    items = list(index) if isinstance(index, tuple) else [index]
+    if any(item is Ellipsis or item is None for item in items):
+        rest = len(shape) - sum(item is not None and item is not Ellipsis for item in items)
+        at = items.index(Ellipsis) if Ellipsis in items else len(items)
+        if None in items:
+            raise VerificationError(f"the new dimensions at {twin.name} have no rewriting rule")
+        items[at : at + 1] = [slice(None)] * rest
+    new: list[Any] = []
+    for dim, item in enumerate(items):
+        mask = before[dim] if dim < len(before) else None
+        new.append(item if mask is None else _slice(twin, item, mask, shape[dim]))
+    twin.args = (twin.args[0], tuple(new) if isinstance(index, tuple) else new[0])
+
+
+def _slice(twin: fx.Node, item: Any, mask: Tensor, size: int) -> Any:
+    if isinstance(item, int) and bool(mask[item]):
+        return _kept_before(mask, item % size)
+    if not isinstance(item, slice) or any(
+        isinstance(v, fx.Node) for v in (item.start, item.stop, item.step)
+    ):
+        raise VerificationError(f"the index at {twin.name} has no rewriting rule")
+    start, stop, step = item.indices(size)
+    if step == 1:
+        return slice(_kept_before(mask, start), _kept_before(mask, stop))
+    chosen = torch.zeros(size, dtype=torch.bool)
+    chosen[start:stop:step] = True
+    return (chosen[mask]).nonzero().flatten().tolist()
+
+
+def _split(node: fx.Node, twin: fx.Node, shape: Any, parts: Any, before: Stays) -> None:
+    dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
+    if not isinstance(dim, int):
+        raise VerificationError(f"the split at {node.name} has no rewriting rule")
+    dim %= len(shape)
+    mask = before[dim]
+    if mask is None:
+        return
+    sizes, at = [], 0
+    for part in parts:
+        sizes.append(int(mask[at : at + part[dim]].sum()))
+        at += part[dim]
+    twin.target = torch.split if twin.op == "call_function" else "split"
+    twin.args = (twin.args[0], sizes, dim)
+    twin.kwargs = {}
