@@ -93,7 +93,9 @@ def build(name: str, size: int = 0) -> tuple[nn.Module, tuple[Any, ...]]:
 
 
 def _takes_size(model: str) -> bool:
-    return any(part in model for part in ("coatnet", "halonet", "botnet", "lambda", "levit", "visformer"))
+    return any(
+        part in model for part in ("coatnet", "halonet", "botnet", "lambda", "levit", "visformer")
+    )
 
 
 def _detector(model: str) -> tuple[nn.Module, tuple[Any, ...]]:

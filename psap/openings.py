@@ -23,7 +23,7 @@ from psap.graph.rules import RULES
 from psap.graph.trace import Tracer, run, untouched
 
 COUNTING = frozenset({
-    "view", "reshape", "flatten", "unflatten", "expand", "pad", "_pad", "__getitem__", "split",
+    "view", "reshape", "unflatten", "expand", "pad", "_pad", "__getitem__", "split",
     "split_with_sizes", "chunk", "tensor_split", "narrow", "repeat", "select", "index_select",
 })  # fmt: skip
 """Names of calls whose arguments may count channels."""
@@ -71,7 +71,8 @@ def openings(
         alive: for a finished trace 1 for every label whose channel stays, else 0.
 
     Returns:
-        For the name of each module the arguments that it was called with and that are no tensors.
+        For the name of each module the arguments that it was called with and that are no tensors;
+        the model itself if there is no such module.
     """
     opened: dict[str, dict[str, Any]] = {}
     for training in (False, True):
@@ -80,7 +81,7 @@ def openings(
             if found is not None:
                 opened = {**found, **opened}
                 break
-    return opened
+    return opened or {"": {}}
 
 
 def _found(

@@ -57,6 +57,7 @@ def program(
     plan: Plan,
     inputs: tuple[Any, ...],
     small_copy: Callable[[nn.Module, Plan], nn.Module],
+    notes: list[str] | None = None,
 ) -> nn.Module:
     """The small network of a plan, with programs where forward() fixes sizes.
 
@@ -67,6 +68,7 @@ def program(
         plan: the plan.
         inputs: example inputs.
         small_copy: cuts the tensors of a copy of the model.
+        notes: gets the reason for every module that fixes sizes, but stays as it is.
 
     Returns:
         A ``torch.fx.GraphModule`` if the model's own forward() fixes sizes, else a copy of the
@@ -77,7 +79,7 @@ def program(
     """
     cast = _cast(model, inputs)
     dense: dict[str, fx.GraphModule] = {}
-    failures: list[str] = []
+    failures: list[str] = [] if notes is None else notes
     for name, constants in openings(model, cast, lambda tracer: _alive(tracer, plan)).items():
         try:
             dense[name] = traced(model.get_submodule(name), constants)
@@ -95,7 +97,7 @@ def program(
         small = _replaced(small, name, part)
         made += 1
     if not made:
-        raise VerificationError("; ".join(failures) or "no module of it fixes sizes in forward()")
+        raise VerificationError("; ".join(failures))
     return small
 
 

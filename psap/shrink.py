@@ -282,10 +282,11 @@ def _build(
     if inputs is None and (check or mode == "graph"):
         raise ArgumentError("the plan does not hold example inputs; pass example_inputs=...")
     makers: dict[Literal["module", "graph"], Callable[[nn.Module], nn.Module]] = {}
+    notes: list[str] = []
     if mode in ("auto", "module"):
         makers["module"] = lambda dense: small_copy(dense, plan)
     if mode in ("auto", "graph") and inputs is not None:
-        makers["graph"] = lambda dense: program(dense, plan, inputs, small_copy)
+        makers["graph"] = lambda dense: program(dense, plan, inputs, small_copy, notes)
     failures = []
     for name, make in makers.items():
         try:
@@ -294,7 +295,8 @@ def _build(
             proof = verify(model, plan, inputs or (), make, zero_, name)
             return make(model), name, proof
         except VerificationError as error:
-            failures.append(f"{name} mode: {error}")
+            left = [note for note in dict.fromkeys(notes) if note not in str(error)]
+            failures.append("; ".join([f"{name} mode: {error}", *left]))
     raise VerificationError("the small network was refused. " + "; ".join(failures))
 
 

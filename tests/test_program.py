@@ -45,7 +45,7 @@ def test_resnet20_with_padded_shortcuts(source: str, request: pytest.FixtureRequ
     plan = psap.plan(graph, ratio=0.5)
     result = psap.apply(model, plan)
     assert result.mode == "graph"
-    assert isinstance(result.model, torch.fx.GraphModule)
+    assert any(isinstance(m, torch.fx.GraphModule) for m in result.model.modules())
     assert result.report["verification"]["max_relative_error"] < 1e-9
     assert_exact(model, plan, result.model, inputs)
     assert list(result.model.state_dict()) == list(model.state_dict())
@@ -144,6 +144,58 @@ def test_what_cannot_be_rewritten_is_refused(body: Any, match: str) -> None:
     with pytest.raises(psap.VerificationError, match=f"graph mode: .*{match}"):
         _apply(model, "graph")
     assert_same(before, snapshot(model))
+
+
+class _Gated(nn.Module):
+    """Branches on an argument, and fixes a width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = conv(8, 8)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = self.conv(x)
+        if mask is not None:
+            x = x * mask
+        return x.view(-1, 8, 64).relu().view(-1, 8, 8, 8)
+
+
+def _around(inner: nn.Module) -> nn.Module:
+    """A model whose own forward() torch.fx cannot trace."""
+
+    def body(m: Any, x: Tensor) -> Tensor:
+        return m.inner(x) if bool(x.detach().sum() > -1e9) else x
+
+    return randomise(block(8, body, inner=inner))
+
+
+def test_only_the_module_that_fixes_sizes_becomes_a_program() -> None:
+    model = _around(_Gated())
+    result = _apply(model, "auto")
+    assert result.mode == "graph"
+    assert type(result.model) is type(model)
+    assert isinstance(result.model.inner, torch.fx.GraphModule)
+    assert list(result.model.state_dict()) == list(model.state_dict())
+
+
+def test_a_program_refuses_an_argument_that_it_was_not_made_for() -> None:
+    small = _apply(_around(_Gated()), "auto").model
+    x = torch.rand(1, small.inner.conv.in_channels, 8, 8, dtype=torch.float64)
+    small.inner(x, None)
+    with pytest.raises(psap.ArgumentError, match=r"mask is .*made for mask=None"):
+        small.inner(x, torch.ones(()))
+
+
+def test_a_shared_module_becomes_one_program() -> None:
+    inner = _Gated()
+
+    def body(m: Any, x: Tensor) -> Tensor:
+        return m.again(m.inner(x))
+
+    model = randomise(block(8, body, inner=inner, again=inner))
+    small = _apply(model, "auto").model
+    assert small.inner is small.again
+    assert isinstance(small.inner, torch.fx.GraphModule)
 
 
 def test_constants_of_forward_are_not_hung_on_the_model() -> None:
