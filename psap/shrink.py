@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -80,7 +80,6 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-@torch.no_grad()
 def gather(tensor: Tensor, kept: Mapping[int, tuple[int, ...]]) -> Tensor:
     """The kept positions of a tensor, along any of its dimensions.
 
@@ -91,12 +90,39 @@ def gather(tensor: Tensor, kept: Mapping[int, tuple[int, ...]]) -> Tensor:
     Returns:
         A new contiguous or channels_last tensor; a copy if nothing goes.
     """
-    index = {d: torch.tensor(k, dtype=torch.int64, device=tensor.device) for d, k in kept.items()}
-    if tensor.dim() == 0:
-        return tensor.clone()
-    small = psap_kernels.shrink([tensor.detach()], [index.pop(0, None)], [index.pop(1, None)])[0]
-    for dim, positions in index.items():
-        small = small.index_select(dim, positions)
+    return gather_all([tensor], [kept])[0]
+
+
+@torch.no_grad()
+def gather_all(
+    tensors: Sequence[Tensor], kept: Sequence[Mapping[int, tuple[int, ...]]]
+) -> list[Tensor]:
+    """The same for many tensors at once: one call of the kernel per device and dtype."""
+    indices: dict[tuple[Any, ...], Tensor] = {}
+
+    def index(positions: tuple[int, ...] | None, device: torch.device) -> Tensor | None:
+        if positions is None:
+            return None
+        key = (positions, device)
+        if key not in indices:
+            indices[key] = torch.tensor(positions, dtype=torch.int64, device=device)
+        return indices[key]
+
+    small = [t.detach().clone() if t.dim() == 0 else t.detach() for t in tensors]
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for at, tensor in enumerate(small):
+        if tensor.dim():
+            alike.setdefault((tensor.device, tensor.dtype), []).append(at)
+    for (device, _), members in alike.items():
+        cut = psap_kernels.shrink(
+            [small[at] for at in members],
+            [index(kept[at].get(0), device) for at in members],
+            [index(kept[at].get(1), device) for at in members],
+        )
+        for at, tensor in zip(members, cut, strict=True):
+            for dim in sorted(d for d in kept[at] if d > 1):
+                tensor = tensor.index_select(dim, index(kept[at][dim], device))  # type: ignore[arg-type]
+            small[at] = tensor
     return small
 
 
@@ -144,17 +170,20 @@ def small_copy(model: nn.Module, plan: Plan) -> nn.Module:
     and their names; shared ones stay shared; module attributes such as ``in_channels`` follow.
     """
     kept = plan.kept()
-    memo: dict[int, Any] = {}
-    for name, tensor in _tensors(model).items():
-        memo[id(tensor)] = _small(tensor, kept.get(name, {}))
+    tensors = _tensors(model)
+    sides = [kept.get(name, {}) for name in tensors]
+    parts = gather_all(list(tensors.values()), sides)
+    memo: dict[int, Any] = {
+        id(tensor): _small(tensor, part, side)
+        for tensor, part, side in zip(tensors.values(), parts, sides, strict=True)
+    }
     small = copied(model, memo)
     for module in small.modules():
         _refit(module)
     return small
 
 
-def _small(tensor: Tensor, kept: Mapping[int, tuple[int, ...]]) -> Tensor:
-    data = gather(tensor, kept)
+def _small(tensor: Tensor, data: Tensor, kept: Mapping[int, tuple[int, ...]]) -> Tensor:
     if not isinstance(tensor, nn.Parameter):
         return data
     parameter = nn.Parameter(data, requires_grad=tensor.requires_grad)
