@@ -311,7 +311,8 @@ def run(tracer: Tracer, model: nn.Module, inputs: tuple[Any, ...], training: boo
             _named_modules(tracer, model),
             _eager(),
             NoDropout(),
-            torch.inference_mode(False),
+            torch.inference_mode(False),  # which turns gradients on
+            torch.no_grad(),
             tracer,
         ):
             output = model(*inputs)
