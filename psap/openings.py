@@ -37,6 +37,8 @@ class _Calls(TorchFunctionMode):
         self._model = model
         self._tracer = tracer
         self.found: list[tuple[tuple[str, ...], Tensor]] = []
+        self.read: list[tuple[tuple[str, ...], Tensor]] = []
+        self.sized: set[tuple[str, ...]] = set()
 
     def _own_groups(self) -> bool:
         """Whether forward() itself says in how many groups it convolves."""
@@ -53,10 +55,14 @@ class _Calls(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in COUNTING or (name.startswith("conv") and self._own_groups()):
             where = self._tracer.where()
+            if name in ("view", "reshape", "expand"):
+                self.sized.add(where)
             for tensor in tree_leaves((args[:1], out)):
                 labels = self._tracer.get(tensor)
                 if labels is not None:
                     self.found.append((where, plain(labels)))
+        elif name in ("__get__", "size") and (labels := self._tracer.get(args[0])) is not None:
+            self.read.append((self._tracer.where(), plain(labels)))
         return out
 
 
@@ -97,6 +103,8 @@ def _found(
         except TraceError:
             return None
     stays = torch.from_numpy(alive(tracer))
+    # A size that is read off a tensor which shrinks may be that of another one which does not.
+    calls.found += [(where, labels) for where, labels in calls.read if where in calls.sized]
     names = {where[-1] for where, labels in calls.found if not bool(stays[labels].all())}
     return {name: given.get(name, {}) for name in sorted(names)}
 

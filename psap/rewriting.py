@@ -70,10 +70,10 @@ def rewrite(node: fx.Node, twin: fx.Node, record: Record, alive: Ints) -> None:
         return
     if name in ("view", "reshape", "flatten", "expand", "pad"):
         stays = _stays(node, record, alive)
-        if stays is not None and name == "pad":
-            _pad(twin, record.values[source], record.values[node], stays)
-        elif stays is not None:
+        if name != "pad":
             _sizes(node, twin, record, alive, stays)
+        elif stays is not None:
+            _pad(twin, record.values[source], record.values[node], stays)
         return
     before = _stays(source, record, alive)
     if node.target is operator.getitem and before is not None:
@@ -86,7 +86,7 @@ def rewrite(node: fx.Node, twin: fx.Node, record: Record, alive: Ints) -> None:
         raise VerificationError(f"narrow at {node.name} has no rewriting rule")
 
 
-def _sizes(node: fx.Node, twin: fx.Node, record: Record, alive: Ints, stays: Stays) -> None:
+def _sizes(node: fx.Node, twin: fx.Node, record: Record, alive: Ints, stays: Stays | None) -> None:
     if node.target in (torch.flatten,) or node.target == "flatten":
         return
     packed = len(node.args) == 2 and isinstance(node.args[1], (tuple, list))
@@ -98,12 +98,13 @@ def _sizes(node: fx.Node, twin: fx.Node, record: Record, alive: Ints, stays: Sta
     copies: Any = twin.args[1] if packed else twin.args[1:]
     new = []
     for d, (size, copy) in enumerate(zip(sizes, copies, strict=True)):
-        mask = stays[d] if d < len(stays) else None
-        fixed = isinstance(size, int) and size > 0
-        if mask is not None and (fixed or _other(size, int(mask.sum()), record, alive)):
-            copy = int(mask.sum())
+        mask = stays[d] if stays is not None and d < len(stays) else None
+        wanted = int(mask.sum()) if mask is not None else shape[d] if d < len(shape) else 0
+        fixed = mask is not None and isinstance(size, int) and size > 0
+        if fixed or _other(size, wanted, record, alive):
+            copy = wanted
         new.append(copy)
-    if len(sizes) != len(shape):
+    if stays is not None and len(sizes) != len(shape):
         raise VerificationError(f"the sizes of {node.name} cannot be rewritten")
     twin.args = (twin.args[0], tuple(new)) if packed else (twin.args[0], *new)
 
