@@ -57,6 +57,9 @@ class CostModel:
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
         parameters = [name for name, _ in graph.model.named_parameters()]
+        self._count = len(parameters)
+        called = dict.fromkeys(call.weight for call in graph.calls)
+        parameters += [name for name in called if name not in set(parameters)]  # fixed filters
         row = {name: i for i, name in enumerate(parameters)}
         rank = max(1, max(len(graph.shapes[name]) for name in parameters))
         self._base = np.ones((len(parameters), rank))
@@ -88,13 +91,13 @@ class CostModel:
         """Cost at ``widths``, int [groups]."""
         elements = self._dims(widths).prod(axis=1)
         macs = float(self._positions @ elements) + self._fixed
-        return Cost(macs=round(macs), parameters=round(float(elements.sum())))
+        return Cost(macs=round(macs), parameters=round(float(elements[: self._count].sum())))
 
     def layers(self, widths: ArrayLike) -> list[LayerCost]:
-        """Shape and MACs of every weight that costs MACs, in the order of the model."""
+        """Shape and MACs of every parameter that costs MACs, in the order of the model."""
         dims = self._dims(widths)
         costs = []
-        for i, name in enumerate(self._names):
+        for i, name in enumerate(self._names[: self._count]):
             if self._positions[i]:
                 shape = tuple(int(d) for d in dims[i, : len(self._graph.shapes[name])])
                 costs.append(
