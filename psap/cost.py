@@ -94,10 +94,10 @@ class CostModel:
         return Cost(macs=round(macs), parameters=round(float(elements[: self._count].sum())))
 
     def layers(self, widths: ArrayLike) -> list[LayerCost]:
-        """Shape and MACs of every parameter that costs MACs, in the order of the model."""
+        """Shape and MACs of every weight that costs MACs, in the order of the model."""
         dims = self._dims(widths)
         costs = []
-        for i, name in enumerate(self._names[: self._count]):
+        for i, name in enumerate(self._names):
             if self._positions[i]:
                 shape = tuple(int(d) for d in dims[i, : len(self._graph.shapes[name])])
                 costs.append(
