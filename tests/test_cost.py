@@ -66,7 +66,8 @@ def test_against_a_count(name: str) -> None:
         except psap.VerificationError:
             continue  # halves of a chunk that differ
         assert (plan.after.macs, plan.after.parameters) == _count(small, case.inputs)
-        shapes = {name: tuple(p.shape) for name, p in small.named_parameters()}
+        tensors = [*small.named_parameters(), *small.named_buffers()]  # also fixed filters
+        shapes = {name: tuple(p.shape) for name, p in tensors}
         for _, layer in plan.layers:
             assert shapes[layer.weight] == layer.shape
         fixed = graph.fixed_macs / graph.batch
