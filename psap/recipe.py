@@ -349,17 +349,23 @@ def _encode(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
     raise ArgumentTypeError(f"{where} is a {type(value).__name__}, which cannot be saved in a tree")
 
 
-def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+def _decode(value: Any, tensors: Mapping[str, Tensor], depth: int = 0) -> Any:
+    if depth > MAX_DEPTH:  # whatever Python's own limit is at the moment
+        raise RecursionError("nested too deeply")
     if isinstance(value, list):
-        return [_decode(v, tensors) for v in value]
+        return [_decode(v, tensors, depth + 1) for v in value]
     if not isinstance(value, dict):
         return value
     if "$tensor" in value:
         tensor = tensors[value["$tensor"]]
         return tensor.contiguous(memory_format=torch.channels_last) if value["last"] else tensor
     if "$tuple" in value:
-        return tuple(_decode(v, tensors) for v in value["$tuple"])
-    return {k: _decode(v, tensors) for k, v in value["$dict"]}
+        return tuple(_decode(v, tensors, depth + 1) for v in value["$tuple"])
+    return {k: _decode(v, tensors, depth + 1) for k, v in value["$dict"]}
+
+
+MAX_DEPTH = 200
+"""How deep a tree that is read may be nested."""
 
 
 def check_is_result(value: Any) -> nn.Module:
