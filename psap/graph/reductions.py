@@ -28,29 +28,30 @@ def _mixed(t: Tracer, labels: Tensor, dims: list[int]) -> Tensor | None:
 
 def reduces(t: Tracer, a: Args, out: Any) -> None:
     """Mean, maximum, variance, norm: within a channel, or over several that go together."""
-    labels = t.get(a["self"])
-    if labels is None:
-        return
-    dims = reduced(a, labels.dim())
-    mixed = _mixed(t, labels, dims)
-    if mixed is None:
+    labels = _reduce(t, a, out)
+    if labels is not None:
         t.freeze(labels, "reduced over the channels")
-        return
-    _drop(t, mixed, dims, out, bool(a.get("keepdim")))
 
 
 def sums(t: Tracer, a: Args, out: Any) -> None:
     """A sum over channels does not miss zeros."""
+    labels = _reduce(t, a, out)
+    if labels is not None:
+        t.settle(labels)
+        t.closed = True
+
+
+def _reduce(t: Tracer, a: Args, out: Any) -> Tensor | None:
+    """Give labels to the result; or return the input's, if its channels met in it."""
     labels = t.get(a["self"])
     if labels is None:
-        return
+        return None
     dims = reduced(a, labels.dim())
     mixed = _mixed(t, labels, dims)
     if mixed is None:
-        t.settle(labels)
-        t.closed = True
-        return
+        return labels
     _drop(t, mixed, dims, out, bool(a.get("keepdim")))
+    return None
 
 
 def _drop(t: Tracer, labels: Tensor, dims: list[int], out: Any, keep: bool) -> None:
