@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from psap_kernels import _library, _load, reference
 
@@ -108,12 +107,10 @@ def _is_compiled(tensors: object) -> bool:
 
 
 def _telling_autograd(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """Count the versions of what ``kernel`` writes through pointers, as the dispatcher does."""
-    written = _library.SCHEMAS[name].count("!")
+    """``kernel`` does not come by the dispatcher, which would count the versions."""
 
     def run(*arguments: Any) -> Any:
-        for argument in arguments[:written]:
-            increment_version(argument)
+        _library.count_versions(name, arguments)
         return kernel(*arguments)
 
     return run

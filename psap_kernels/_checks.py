@@ -139,10 +139,15 @@ def index_ranges(name: str, lists: dict[int, Tensor], sizes: dict[int, int]) -> 
                 )
 
 
+def expanded(tensor: Tensor) -> bool:
+    """Whether elements share memory, so that writing them is undefined."""
+    return any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+
+
 def writable(name: str, tensors: list[Tensor]) -> None:
     """No two elements of a tensor share memory."""
     for i, tensor in enumerate(tensors):
-        if any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True)):
+        if expanded(tensor):
             raise ValueError(
                 f"{name}[{i}] is an expanded tensor, wanted one with memory of its own for every"
                 " element: use .clone()"

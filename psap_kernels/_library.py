@@ -54,6 +54,12 @@ _WRITTEN = {name: schema.count("!") for name, schema in SCHEMAS.items()}
 _IN_PLACE_KEY = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 
 
+def count_versions(name: str, arguments: tuple[Any, ...]) -> None:
+    """Tell autograd that op ``name``, which writes through pointers, has changed its arguments."""
+    for argument in arguments[: _WRITTEN[name]]:
+        increment_version(argument)
+
+
 def call(name: str, arguments: tuple[Any, ...]) -> Any:
     """Call op ``name``; in place too, without a way back through Python.
 
@@ -61,13 +67,11 @@ def call(name: str, arguments: tuple[Any, ...]) -> Any:
     `bump_version` below, which costs more than many a kernel.
     """
     op = getattr(torch.ops.psap, name).default
-    written = _WRITTEN[name]
-    if not written:
+    if not _WRITTEN[name]:
         return op(*arguments)
     with torch._C._ExcludeDispatchKeyGuard(_IN_PLACE_KEY):
         op(*arguments)
-    for argument in arguments[:written]:
-        increment_version(argument)
+    count_versions(name, arguments)
     return None
 
 
@@ -76,10 +80,8 @@ def _define(name: str, schema: str) -> None:
     if not _WRITTEN[name]:
         return
 
-    # A kernel that writes through a pointer must tell autograd that the tensors have changed.
     def bump_version(keyset: Any, *arguments: Any) -> None:
-        for argument in arguments[: _WRITTEN[name]]:
-            increment_version(argument)
+        count_versions(name, arguments)
         overload = getattr(torch.ops.psap, name).default
         overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *arguments)
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from psap_kernels import _backend, _checks, reference
 from psap_kernels._library import register
 
 
-@torch.no_grad()
 def restore_filters_(
     tensors: Sequence[Tensor], rows: Sequence[Tensor], saved: Sequence[Tensor]
 ) -> None:

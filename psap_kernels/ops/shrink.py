@@ -12,7 +12,6 @@ from psap_kernels import _backend, _checks, reference
 from psap_kernels._library import register
 
 
-@torch.no_grad()
 def shrink(
     tensors: Sequence[Tensor],
     keep_dim0: Sequence[Tensor | None],

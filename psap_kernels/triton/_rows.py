@@ -155,8 +155,3 @@ def blocks(words: int) -> int:
 def lazy(tensor: Tensor) -> bool:
     """Whether the numbers differ from the bits: a conjugate or negative view."""
     return tensor.is_conj() or tensor.is_neg()
-
-
-def expanded(tensor: Tensor) -> bool:
-    """Whether elements share memory, so that writing them is undefined."""
-    return any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True))

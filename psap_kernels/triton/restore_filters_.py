@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from psap_kernels import reference
+from psap_kernels import _checks, reference
 from psap_kernels.triton import _rows, _tables
 from psap_kernels.triton._rows import index_in_row, offset_in_row, row_and_rest
 
@@ -104,7 +104,7 @@ def _check(tensors: list[Tensor], rows: list[Tensor], saved: list[Tensor]) -> No
     _tables.want(alike, op, "one list of rows and one saved for each tensor are wanted")
     for tensor, index, values in zip(tensors, rows, saved, strict=True):
         _tables.want(tensor.dim() > 0, op, "tensors must be [O, ...]")
-        _tables.want(not _rows.expanded(tensor), op, "an expanded tensor cannot be written")
+        _tables.want(not _checks.expanded(tensor), op, "an expanded tensor cannot be written")
         fits = index.dtype == torch.int64 and index.dim() == 1
         _tables.want(fits, op, "rows must be int64, of one dimension")
         shape = (index.shape[0], *tensor.shape[1:])

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from psap_kernels import reference
+from psap_kernels import _checks, reference
 from psap_kernels.triton import _rows, _tables
 from psap_kernels.triton._rows import index_in_row, offset_in_row, row_and_rest
 
@@ -87,7 +87,7 @@ def _check(tensors: list[Tensor], keep: list[Tensor]) -> None:
     _tables.want(len(keep) == len(tensors), op, "one keep for each tensor is wanted")
     for tensor, kept in zip(tensors, keep, strict=True):
         _tables.want(tensor.dim() > 0, op, "tensors must be [O, ...]")
-        _tables.want(not _rows.expanded(tensor), op, "an expanded tensor cannot be written")
+        _tables.want(not _checks.expanded(tensor), op, "an expanded tensor cannot be written")
         fits = kept.dtype == torch.bool and kept.shape == tensor.shape[:1]
         _tables.want(fits, op, "keep must be bool, one value for each filter")
 
