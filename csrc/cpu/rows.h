@@ -8,6 +8,7 @@
 #include <cstring>
 #include <vector>
 
+#include "../core/checks.h"
 #include "../core/layout.h"
 
 namespace psap {
@@ -43,15 +44,6 @@ inline void copy_row(const PairLayout& inner, int64_t element, char* to, const c
       }
     });
   });
-}
-
-// Every element of a tensor that is written has memory of its own.
-inline void require_own_memory(const torch::stable::Tensor& x, const char* op) {
-  const auto sizes = x.sizes();
-  const auto strides = x.strides();
-  for (size_t d = 0; d < sizes.size(); d++) {
-    STD_TORCH_CHECK(sizes[d] < 2 || strides[d] != 0, op, ": a tensor to write to is expanded");
-  }
 }
 
 // Sizes and strides without dimension 0, of two tensors that share them.

@@ -3,7 +3,7 @@
 #pragma once
 
 #ifdef PSAP_EMU
-#include "../emu/emulator.h"
+#include "../emu/cuda_api.h"
 #else
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>

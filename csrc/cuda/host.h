@@ -14,6 +14,7 @@
 #include <mutex>
 #include <vector>
 
+#include "../core/checks.h"
 #include "table.cuh"
 
 namespace psap {
@@ -177,13 +178,6 @@ inline bool same_rows(const Tensor& a, const Tensor& b) {
   bool same = a.dim() == b.dim() && a.dim() >= 1;
   for (int64_t d = 1; same && d < a.dim(); d++) same = a.size(d) == b.size(d);
   return same;
-}
-
-// Every element of a tensor that is written has memory of its own.
-inline void require_own_memory(const Tensor& x, const char* op) {
-  for (int64_t d = 0; d < x.dim(); d++) {
-    STD_TORCH_CHECK(x.size(d) < 2 || x.stride(d) != 0, op, ": a tensor to write to is expanded");
-  }
 }
 
 }  // namespace psap

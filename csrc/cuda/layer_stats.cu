@@ -1,6 +1,7 @@
 #include <tuple>
 
 #include "host.h"
+#include "input_sums.cuh"
 #include "layer_stats.cuh"
 
 namespace psap {
@@ -74,7 +75,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_stats(const std::vector
     float* out = input_sums.mutable_data_ptr<float>();
     call.with(input_jobs, [&](const auto& table) {
       using Table = std::decay_t<decltype(table)>;
-      PSAP_LAUNCH((input_kernel<Table>), input_blocks, kStatsThreads, call.stream(), table, out);
+      PSAP_LAUNCH((input_kernel<Table>), input_blocks, kInputThreads, call.stream(), table, out);
     });
     Call::launched(op);
   }

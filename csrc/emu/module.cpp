@@ -7,6 +7,7 @@
 
 #include "../cuda/abs_histogram.cuh"
 #include "../cuda/gate_stats_.cuh"
+#include "../cuda/input_sums.cuh"
 #include "../cuda/layer_stats.cuh"
 #include "../cuda/rows.cuh"
 #include "../cuda/shrink.cuh"
@@ -87,7 +88,7 @@ void input_sums(const std::vector<Spec>& weights, const std::vector<Spec>& grads
   const int64_t blocks = number_blocks(jobs);
   over(jobs, [&](const auto& table) {
     using Table = std::decay_t<decltype(table)>;
-    PSAP_LAUNCH((input_kernel<Table>), blocks, kStatsThreads, 0, table, pointer<float>(out));
+    PSAP_LAUNCH((input_kernel<Table>), blocks, kInputThreads, 0, table, pointer<float>(out));
   });
 }
 

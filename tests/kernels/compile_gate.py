@@ -29,7 +29,7 @@ FLAGS = ("-std=c++17", "-O3", "--expt-relaxed-constexpr", "-cubin", "-Xptxas", "
 # Every kernel: its file, what its table holds, and its further template arguments.
 KERNELS = {
     "stats_kernel": ("layer_stats", "StatsJob", ("true", "false")),
-    "input_kernel": ("layer_stats", "InputJob", ()),
+    "input_kernel": ("input_sums", "InputJob", ()),
     "histogram_kernel": ("abs_histogram", "HistogramJob", ()),
     "row_kernel": ("rows", "RowJob", ()),
     "shrink_kernel": ("shrink", "ShrinkJob", ()),

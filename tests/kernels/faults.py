@@ -30,7 +30,7 @@ class Fault:
 
     @property
     def path(self) -> str:
-        return f"cuda/{self.file or FILES[self.op]}.cuh"
+        return f"cuda/{self.file or self.op}.cuh"
 
 
 def layer_stats(gpu: Emulated) -> None:
@@ -138,7 +138,6 @@ CASES = {
     "rows": rows,
     "gate_stats_": gate_stats,
 }
-FILES = {**{op: op for op in CASES}, "input_sums": "layer_stats"}
 
 # Seen by the emulator itself.
 FAULTS = [
