@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+import emulation
 import pytest
 import torch
 
@@ -37,6 +38,13 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setenv("PSAP_CPU_CAPABILITY", "default")
     with psap_kernels.use_backend(request.param.removesuffix("-portable")):
         yield request.param
+
+
+@pytest.fixture
+def plain() -> emulation.Emulated:
+    """The CUDA kernels on the emulator, threads and blocks in their order."""
+    emulation.require()
+    return emulation.Emulated(emulation.emulator())
 
 
 @pytest.fixture(autouse=True)

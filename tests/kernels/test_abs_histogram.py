@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import threads
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -56,11 +57,9 @@ def test_against_the_definition(backend, dtype, first, shift, bins):
 def test_long_tensor_and_threads(backend):
     x = torch.randn(300_000)
     want = torch.from_numpy(np.bincount(keys(x, 1.0) >> 20, minlength=2048))
-    for threads in (1, 3):
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        counts = abs_histogram([x, x[:1], x])
-        torch.set_num_threads(before)
+    for count in (1, 3):
+        with threads.using(count):
+            counts = abs_histogram([x, x[:1], x])
         assert torch.equal(counts[0, 1:-1], want)
         assert torch.equal(counts[2], counts[0])
         assert counts[1].sum() == 1

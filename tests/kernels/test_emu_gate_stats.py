@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import math
 
-import emulation
 import pytest
 import torch
 from emulation import Emulated
 from test_gate_stats import DTYPES, state
 
 from psap_kernels import reference
-
-
-@pytest.fixture
-def gpu() -> Emulated:
-    emulation.require()
-    return Emulated(emulation.emulator())
 
 
 def terms_of(channels: int, per: int, pairs: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,8 +29,8 @@ def same(got, want) -> None:
 
 @pytest.mark.parametrize("schedule", range(5))
 @pytest.mark.parametrize("per", [0, 1, 2, 3, 5, 9, 17, 40])
-def test_any_number_of_lanes_for_a_channel(gpu, per, schedule):
-    gpu.module.set_schedule(schedule)
+def test_any_number_of_lanes_for_a_channel(plain, per, schedule):
+    plain.module.set_schedule(schedule)
     try:
         channels = 150 if per < 9 else 37
         terms, offsets = terms_of(channels, per, 2, 30)
@@ -46,27 +39,27 @@ def test_any_number_of_lanes_for_a_channel(gpu, per, schedule):
         got, want = state(channels), state(channels)
         for bad in (0.0, math.nan, 0.0, math.inf, 1.0):
             changed = [values[0] + bad, values[1]]
-            gpu.gate_stats_(*got, changed, grads, terms, offsets, 0.5)
+            plain.gate_stats_(*got, changed, grads, terms, offsets, 0.5)
             reference.gate_stats_(*want, changed, grads, terms, offsets, 0.5)
         same(got, want)
     finally:
-        gpu.module.set_schedule(0)
+        plain.module.set_schedule(0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("skew", range(9))
-def test_long_rows_wherever_they_begin(gpu, dtype, skew):
+def test_long_rows_wherever_they_begin(plain, dtype, skew):
     for other in (skew, 0):
         values = [torch.randn(5 * n + skew).to(dtype)[skew:].view(5, n) for n in (9, 37, 300, 521)]
         grads = [torch.randn(5 * n + other).to(dtype)[other:].view(5, n) for n in (9, 37, 300, 521)]
         terms, offsets = terms_of(6, 3, 4, 5)
         got, want = state(6), state(6)
-        gpu.gate_stats_(*got, values, grads, terms, offsets, 2.0)
+        plain.gate_stats_(*got, values, grads, terms, offsets, 2.0)
         reference.gate_stats_(*want, values, grads, terms, offsets, 2.0)
         same(got, want)
 
 
-def test_sums_are_put_back_to_the_bit(gpu):
+def test_sums_are_put_back_to_the_bit(plain):
     channels = 700
     terms = torch.stack([torch.zeros(channels), *[torch.arange(channels)] * 2], 1).int()
     offsets = torch.arange(channels + 1, dtype=torch.int32)
@@ -76,34 +69,34 @@ def test_sums_are_put_back_to_the_bit(gpu):
     for at in (0, 350, channels - 1):
         bad = values.clone()
         bad[at] = math.inf
-        gpu.gate_stats_(sums, seen, [bad], [grads], terms, offsets, 1.0)
+        plain.gate_stats_(sums, seen, [bad], [grads], terms, offsets, 1.0)
         assert torch.equal(sums, before)
-    gpu.gate_stats_(sums, seen, [values], [grads], terms, offsets, 1.0)
+    plain.gate_stats_(sums, seen, [values], [grads], terms, offsets, 1.0)
     assert torch.equal(sums[0], before[0] + values.double() * grads.double())
     assert seen.tolist() == [1, 3]
 
 
-def test_the_same_bits_in_every_order_of_threads(gpu):
+def test_the_same_bits_in_every_order_of_threads(plain):
     values, grads = [torch.randn(30), torch.randn(30, 70)], [torch.randn(30), torch.randn(30, 70)]
     results = []
     for pairs in (1, 2):
         terms, offsets = terms_of(40, 5, pairs, 30)
-        for schedule in range(gpu.module.SCHEDULES):
-            gpu.module.set_schedule(schedule)
+        for schedule in range(plain.module.SCHEDULES):
+            plain.module.set_schedule(schedule)
             results.append(state(40))
-            gpu.gate_stats_(*results[-1], values[:pairs], grads[:pairs], terms, offsets, 0.3)
-        gpu.module.set_schedule(0)
-        assert all(torch.equal(r[0], results[-1][0]) for r in results[-gpu.module.SCHEDULES :])
+            plain.gate_stats_(*results[-1], values[:pairs], grads[:pairs], terms, offsets, 0.3)
+        plain.module.set_schedule(0)
+        assert all(torch.equal(r[0], results[-1][0]) for r in results[-plain.module.SCHEDULES :])
 
 
 @pytest.mark.parametrize("pairs", [1, 26, 240])
-def test_many_pairs_by_value_and_by_table(gpu, pairs):
+def test_many_pairs_by_value_and_by_table(plain, pairs):
     values = [torch.randn(4, 1 + k % 3 * 10) for k in range(pairs)]
     grads = [torch.randn_like(v) for v in values]
     terms, offsets = terms_of(20, 4, pairs, 4)
     terms[:, 0] = torch.randint(0, pairs, (terms.shape[0],))
     got, want = state(20), state(20)
-    gpu.gate_stats_(*got, values, grads, terms, offsets, 1.0)
+    plain.gate_stats_(*got, values, grads, terms, offsets, 1.0)
     reference.gate_stats_(*want, values, grads, terms, offsets, 1.0)
     same(got, want)
 
@@ -111,10 +104,10 @@ def test_many_pairs_by_value_and_by_table(gpu, pairs):
 @pytest.mark.parametrize(
     "offsets", [[1, 2, 4], [0, 2, 3], [0, 3, 2], [0, 5, 4], [-1, 2, 4]], ids=str
 )
-def test_offsets_that_do_not_cover_the_terms_trap(gpu, offsets):
+def test_offsets_that_do_not_cover_the_terms_trap(plain, offsets):
     terms = torch.zeros(4, 3, dtype=torch.int32)
-    fresh = Emulated(gpu.module)
-    with pytest.raises(gpu.module.EmulatorError, match="__trap"):
+    fresh = Emulated(plain.module)
+    with pytest.raises(plain.module.EmulatorError, match="__trap"):
         fresh.gate_stats_(
             *state(2), [torch.ones(1)], [torch.ones(1)], terms,
             torch.tensor(offsets, dtype=torch.int32), 1.0,

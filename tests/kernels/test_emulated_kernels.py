@@ -24,12 +24,6 @@ def gpu(request: pytest.FixtureRequest) -> Iterator[Emulated]:
     module.set_schedule(0)
 
 
-@pytest.fixture
-def plain() -> Emulated:
-    emulation.require()
-    return Emulated(emulation.emulator())
-
-
 def stats(gpu: Emulated, weights, grads, tau, per_input=False) -> LayerStats:
     out = gpu.layer_stats(weights, grads or [], tau, per_input)
     return LayerStats(*out[:4], tuple(w.shape for w in weights), out[4] if per_input else None)

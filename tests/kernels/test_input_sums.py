@@ -7,6 +7,7 @@ import math
 import numpy as np
 import oracle
 import pytest
+import threads
 import tolerances
 import torch
 
@@ -86,15 +87,11 @@ def test_same_bits_for_any_threads_and_instructions(compiled, dtype, monkeypatch
     tau = torch.full((len(shapes),), 0.3)
     plain = torch.ops.psap.layer_stats(weights, grads, tau)
     results = []
-    threads = torch.get_num_threads()
-    try:
-        for capability in ("default", ""):
-            monkeypatch.setenv("PSAP_CPU_CAPABILITY", capability)
-            for n in (1, 2, 5):
-                torch.set_num_threads(n)
+    for capability in ("default", ""):
+        monkeypatch.setenv("PSAP_CPU_CAPABILITY", capability)
+        for n in (1, 2, 5):
+            with threads.using(n):
                 results.append(torch.ops.psap.layer_stats(weights, grads, tau, True))
-    finally:
-        torch.set_num_threads(threads)
     for result in results:
         for got, want in zip(result, results[0], strict=True):
             assert torch.equal(got, want)

@@ -6,6 +6,7 @@ import struct
 import numpy as np
 import oracle
 import pytest
+import threads
 import tolerances
 import torch
 from hypothesis import given, settings
@@ -215,15 +216,11 @@ def test_same_bits_for_any_number_of_threads_and_any_instruction_set(compiled, d
     weights[2] = weights[2].to(memory_format=torch.channels_last)
     tau = torch.full((len(weights),), 0.5)
     results = []
-    threads = torch.get_num_threads()
-    try:
-        for capability in ("default", ""):
-            monkeypatch.setenv("PSAP_CPU_CAPABILITY", capability)
-            for n in (1, 2, 5):
-                torch.set_num_threads(n)
+    for capability in ("default", ""):
+        monkeypatch.setenv("PSAP_CPU_CAPABILITY", capability)
+        for n in (1, 2, 5):
+            with threads.using(n):
                 results.append(torch.ops.psap.layer_stats(weights, grads, tau))
-    finally:
-        torch.set_num_threads(threads)
     for other in results[1:]:
         for got, want in zip(other, results[0], strict=True):
             assert torch.equal(got, want)
@@ -364,13 +361,11 @@ def test_bits_do_not_depend_on_threads(compiled):
         [make(s, torch.float32, seed=1) for s in shapes],
     )
     results = []
-    for threads in (1, 2, 3, 8):
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        for per_input in (True, False):
-            stats = layer_stats(weights, grads, per_input=per_input)
-            results.append((per_input, stats))
-        torch.set_num_threads(before)
+    for n in (1, 2, 3, 8):
+        with threads.using(n):
+            for per_input in (True, False):
+                stats = layer_stats(weights, grads, per_input=per_input)
+                results.append((per_input, stats))
     for per_input, stats in results:
         first = results[0 if per_input else 1][1]
         for name in ("filter_sums", "filter_counts", "layer_sums", "layer_counts"):

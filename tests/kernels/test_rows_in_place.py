@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import threads
 import torch
 
 from psap_kernels import restore_filters_, zero_filters_
@@ -107,10 +108,8 @@ def test_zero_then_restore_is_the_identity(backend):
 def test_many_rows_on_several_threads(compiled):
     keep = torch.arange(900) % 3 > 0
     rows = (~keep).nonzero()[:, 0]
-    threads = torch.get_num_threads()
-    try:
-        for n in (1, 2, 5):
-            torch.set_num_threads(n)
+    for n in (1, 2, 5):
+        with threads.using(n):
             x, bias = torch.ones(900, 130, 3, 3), torch.ones(900)
             saved = [x[rows], bias[rows]]
             zero_filters_([x, bias], [keep, keep])
@@ -118,8 +117,6 @@ def test_many_rows_on_several_threads(compiled):
             assert torch.equal(bias, keep.float())
             restore_filters_([x, bias], [rows, rows], saved)
             assert x.min() == bias.min() == 1
-    finally:
-        torch.set_num_threads(threads)
 
 
 def test_parameters_need_no_no_grad_and_their_version_counts(backend):

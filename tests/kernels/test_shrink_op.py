@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import threads
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -135,14 +136,10 @@ def test_parameters(backend):
 def test_many_rows_on_several_threads(compiled):
     x = [numbers((900, 130, 3, 3)), numbers((900,)), numbers((900, 130, 1, 1))]
     keep0, keep1 = torch.arange(0, 900, 2), torch.arange(0, 130, 3)
-    threads = torch.get_num_threads()
-    try:
-        for n in (1, 2, 5):
-            torch.set_num_threads(n)
+    for n in (1, 2, 5):
+        with threads.using(n):
             for got, tensor in zip(shrink(x, [keep0] * 3, [keep1] * 3), x, strict=True):
                 check(got, tensor, keep0, keep1)
-    finally:
-        torch.set_num_threads(threads)
 
 
 @settings(max_examples=60, deadline=None)
