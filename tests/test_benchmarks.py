@@ -8,8 +8,21 @@ import time
 import pytest
 import torch
 
+import psap_kernels
 from benchmarks import __main__ as command
-from benchmarks import gpu, limits, overhead, plot, registry, roofline, rows, shapes, stats, timing
+from benchmarks import (
+    gpu,
+    host,
+    limits,
+    overhead,
+    plot,
+    registry,
+    roofline,
+    rows,
+    shapes,
+    stats,
+    timing,
+)
 from psap.models import create
 
 
@@ -77,6 +90,18 @@ def test_a_red_check_is_not_timed(tmp_path, monkeypatch, capsys):
         command.main(["stats", "--quick", "--out", str(tmp_path)])
     assert "error: layer_stats on resnet56, backend auto: a sum of layer" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_host_checks_what_it_times(tmp_path, monkeypatch):
+    zero = host.psap_kernels.zero_filters_
+
+    def forgetful(weights, keep):
+        if psap_kernels._backend._forced == "reference":
+            zero(weights, keep)
+
+    monkeypatch.setattr(host.psap_kernels, "zero_filters_", forgetful)
+    with pytest.raises(registry.CheckFailed, match=r"zero_filters_ on 55 tiny layers.* result 0 "):
+        registry.run("host", quick(tmp_path))
 
 
 real_stats = stats.psap_kernels.layer_stats

@@ -9,11 +9,11 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <memory>
-#include <tuple>
 #include <vector>
 
 #include "capability.h"
 #include "stats_units.h"
+#include "tensor_list.h"
 
 namespace psap {
 namespace {
@@ -130,11 +130,10 @@ StatsLayer describe(const Tensor& w, const Tensor* g, float tau, int64_t first, 
   return layer;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_stats(const std::vector<Tensor>& weights,
-                                                               const std::vector<Tensor>& grads,
-                                                               const Tensor& tau, bool per_input) {
+Outputs layer_stats(const TensorList& weights, const TensorList& grads, const Tensor& tau,
+                    bool per_input) {
   const size_t n = weights.size();
-  const bool has_grads = !grads.empty();
+  const bool has_grads = grads.size() > 0;
   STD_TORCH_CHECK(!has_grads || grads.size() == n,
                   "layer_stats: as many grads as weights are wanted, or none");
   STD_TORCH_CHECK(has_grads || n == 0 || !per_input, "layer_stats: per_input needs grads");
@@ -154,9 +153,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_stats(const std::vector
   work.start.reserve(n + 1);
   int64_t filters = 0, inputs = 0;
   for (size_t l = 0; l < n; l++) {
-    const Tensor& w = weights[l];
+    const Tensor w = weights[l];
     const float t = limit[static_cast<int64_t>(l) * tau_stride];
-    layers.push_back(describe(w, has_grads ? &grads[l] : nullptr, t, filters, per_input));
+    if (has_grads) {
+      const Tensor g = grads[l];
+      layers.push_back(describe(w, &g, t, filters, per_input));
+    } else {
+      layers.push_back(describe(w, nullptr, t, filters, per_input));
+    }
     loops.push_back(choose(w.scalar_type(), has_grads, avx2));
     work.add(layers[l], static_cast<int64_t>(l));
     filters += layers[l].filters;
@@ -177,10 +181,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_stats(const std::vector
     }
   });
   Combine(work, totals.get(), sums.get(), out).layers(layers);
-  return {out.filter_sums, out.filter_counts, out.layer_sums, out.layer_counts, out.input_sums};
+  return out;
+}
+
+void boxed(StableIValue* stack, uint64_t, uint64_t) {
+  using torch::stable::detail::from;
+  using torch::stable::detail::to;
+  const Outputs out = layer_stats(TensorList(stack[0]), TensorList(stack[1]), to<Tensor>(stack[2]),
+                                  to<bool>(stack[3]));
+  stack[0] = from(out.filter_sums);
+  stack[1] = from(out.filter_counts);
+  stack[2] = from(out.layer_sums);
+  stack[3] = from(out.layer_counts);
+  stack[4] = from(out.input_sums);
 }
 
 }  // namespace
 }  // namespace psap
 
-STABLE_TORCH_LIBRARY_IMPL(psap, CPU, m) { m.impl("layer_stats", TORCH_BOX(&psap::layer_stats)); }
+STABLE_TORCH_LIBRARY_IMPL(psap, CPU, m) { m.impl("layer_stats", &psap::boxed); }
