@@ -85,7 +85,11 @@ class Config:
         z_threshold: significance that a restored filter must reach.
         restore_share: largest share of freshly pruned filters that one window restores.
         restore_bonus: added to the score of a restored filter.
-        verify: prove shrunk == masked in float64 before `Pruner.finish` hands out the result.
+        progressive: remove pruned channels from the model and the optimizer, in place, as soon as a
+            prune step (or its window) is over, so that the rest of the training is faster. They
+            cannot return. For models that need no "graph" mode, outside of
+            ``DistributedDataParallel``.
+        verify: prove shrunk == masked in float64 before channels are removed.
 
     Raises:
         ArgumentError: a value is out of range.
@@ -112,7 +116,13 @@ class Config:
     z_threshold: float = 3.0
     restore_share: float = 0.1
     restore_bonus: float = 0.3
+    progressive: bool = False
     verify: bool = True
+
+    @property
+    def closed(self) -> float:
+        """Factor of a closed gate; without protection nothing gets through."""
+        return 0.0 if self.protect == "none" else self.gate_eps
 
     def __post_init__(self) -> None:
         if not isinstance(self.target, Target):
@@ -128,8 +138,9 @@ class Config:
             _real("Config", name, getattr(self, name), 0.0, 1.0, share)
         for name in ("sparsity_alpha", "sparsity_power", "z_threshold", "restore_bonus"):
             _real("Config", name, getattr(self, name), 0.0, 1e6, ">= 0")
-        if not isinstance(self.verify, bool):
-            raise ArgumentTypeError(f"Config.verify is {self.verify!r}; pass True or False")
+        for name in ("progressive", "verify"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ArgumentTypeError(f"Config.{name} is {value!r}; pass True or False")
         _choice("Config", "schedule", self.schedule, ("cubic", "linear"))
         _choice("Config", "adapt", self.adapt, ("sparsity", "uniform"))
         _choice("Config", "protect", self.protect, ("gate", "pulse", "none"))

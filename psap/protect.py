@@ -21,7 +21,9 @@ from psap.config import Config
 from psap.errors import StateError
 from psap.events import Candidate
 from psap.gates import Bools, Floats
-from psap.graph import Graph, Group
+from psap.graph import Group
+from psap.lineage import Ints, Lineage
+from psap.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -78,13 +80,18 @@ class Window:
         deviation = np.sqrt(np.maximum(0.0, second / count - value**2))
         return value, value / np.maximum(deviation / np.sqrt(count), 1e-12)
 
+    def agree(self, ranks: Ranks) -> None:
+        """Take the sums of rank 0."""
+        for tensor, what in ((self.sums, "gate derivatives"), (self.seen, "numbers of steps")):
+            tensor.copy_(torch.from_numpy(ranks.agree(tensor.cpu().numpy(), what)))
+
     def judge(
-        self, graph: Graph, alive: Bools, fresh: Bools, config: Config, last: bool
+        self, lineage: Lineage, alive: Bools, fresh: Bools, config: Config, last: bool
     ) -> Verdict:
         """Decide which freshly pruned channels come back.
 
         Args:
-            graph: the channel graph.
+            lineage: the channel graph, and what its channels are called.
             alive: bool [channels], kept channels.
             fresh: bool [channels], channels that the last prune step pruned.
             config: thresholds.
@@ -94,10 +101,11 @@ class Window:
         value, z = self.significance()
         verdict = Verdict(np.zeros_like(alive), np.zeros_like(alive), ())
         candidates: list[Candidate] = []
-        for group in graph.groups:
+        for group in lineage.graph.groups:
             span = slice(group.start, group.start + group.size)
+            names = lineage.original[span]
             candidates += self._judge_group(
-                group, value[span], z[span], alive[span], fresh[span], config, last, verdict
+                group, names, value[span], z[span], alive[span], fresh[span], config, last, verdict
             )
         candidates.sort(key=lambda c: (-c.value, c.group, c.channel))
         return Verdict(verdict.restored, verdict.dropped, tuple(candidates))
@@ -105,6 +113,7 @@ class Window:
     def _judge_group(
         self,
         group: Group,
+        names: Ints,
         value: Floats,
         z: Floats,
         alive: Bools,
@@ -129,7 +138,7 @@ class Window:
             elif harmful:
                 out = harmful.pop(0)
                 verdict.dropped[group.start + out] = True
-                reason = f"swapped with channel {out}, which raises the loss"
+                reason = f"swapped with channel {names[out]}, which raises the loss"
             else:
                 back, reason = False, "last step: no kept channel is harmful enough to swap with"
             allowed -= int(back)
@@ -137,7 +146,7 @@ class Window:
             found.append(
                 Candidate(
                     group=group.name,
-                    channel=i,
+                    channel=int(names[i]),
                     value=float(value[i]),
                     z=float(z[i]),
                     restored=bool(back),

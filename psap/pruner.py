@@ -3,36 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from psap import optim, plans, schedule, scores
-from psap.config import Config, Target
-from psap.cost import CostModel
-from psap.errors import ArgumentError, ArgumentTypeError, PsapError, StateError, TargetError
+from psap import optim, plans, scores, selection
+from psap.config import Config
+from psap.errors import ArgumentError, ArgumentTypeError, PsapError, StateError
 from psap.events import PruneEvent, WindowEvent, event_to_json
 from psap.gates import Bools, Floats, Gates
 from psap.graph import Graph, trace
+from psap.lineage import Lineage
 from psap.protect import Window, check_trainable
 from psap.pruner_state import (
     COUNTERS,
     Pruned,
     prune_event,
     read_state,
+    require_progressive,
     target_at,
     warn_due,
     warn_untrained,
     window_event,
 )
-from psap.shrink import Result, apply
-
-Ints = schedule.Ints
-_STICKY = 1e6
-"""Taken off the score of a pruned channel: it stays pruned unless supervision restored it."""
+from psap.ranks import Ranks
+from psap.shrink import Mode, Result, apply
 
 
 class Pruner:
@@ -42,6 +40,9 @@ class Pruner:
     ``optimizer.step()``. The first calls prune (``config.prune_steps`` of them, after
     ``config.warmup``); then the masks are final, and the pruned channels are held at exact zero
     until `finish` removes them.
+
+    Under ``DistributedDataParallel`` pass the wrapped model, on every rank, and call everything on
+    every rank; all get the same masks. Wrap ``finish().model`` anew.
 
     Args:
         model: the model; on its final device, with the parameters that shall train unfrozen.
@@ -79,23 +80,21 @@ class Pruner:
         if isinstance(model, nn.Module):
             check_trainable(model)
         self.config = config
+        self._ranks = Ranks(model)
         self.graph: Graph = trace(model, example_inputs)
         optim.check_optimizer(optimizer, self.graph.model)
         optim.require_alone(optimizer)
-        self.cost = CostModel(self.graph)
-        self._bounds = schedule.limits(
-            [g.size for g in self.graph.groups],
-            config.max_ratio,
-            config.min_channels,
-            config.round_to,
-        )
-        self._require_target()
+        self._lineage = Lineage(self.graph)
+        self.cost = self._lineage.cost
+        self._bounds = selection.bounds(self.graph, config)
+        selection.require_target(self.graph, self.cost, config)
+        if config.progressive:
+            require_progressive(self._ranks, keep_optimizer)
         if config.verify:
-            apply(self.graph.model, plans.plan(self.graph, ratio=0.5))
+            mode: Mode = "module" if config.progressive else "auto"
+            apply(self.graph.model, plans.plan(self.graph, ratio=0.5), mode=mode)
         self._optimizer = optimizer
-        self.gates = Gates(
-            self.graph, optimizer, 0.0 if config.protect == "none" else config.gate_eps
-        )
+        self.gates = Gates(self.graph, optimizer, config.closed)
         count = len(self.graph.group_of)
         self._alive: Bools = np.ones(count, dtype=bool)
         self._fresh: Bools = np.zeros(count, dtype=bool)
@@ -110,13 +109,6 @@ class Pruner:
         self.events: list[PruneEvent | WindowEvent] = []
         self._hooks = optim.attach(optimizer, self._before_optimizer, self._after_optimizer)
 
-    def _require_target(self) -> None:
-        if not self.graph.groups:
-            reasons = [f"{name}: {why}" for name, why in self.graph.left_alone.items()]
-            raise TargetError("no layer of this model can be pruned: " + "; ".join(reasons[:5]))
-        floors = np.array([b.nearest(b.floor) for b in self._bounds])
-        plans.require(self.cost, floors, self.config.target)
-
     @property
     def done(self) -> bool:
         """Whether the last prune step is behind and the masks are final."""
@@ -124,10 +116,7 @@ class Pruner:
 
     def masks(self) -> dict[str, Tensor]:
         """For every group a bool tensor [C_g], True where the channel is kept."""
-        return {
-            g.name: torch.from_numpy(self._alive[g.start : g.start + g.size].copy())
-            for g in self.graph.groups
-        }
+        return self._lineage.masks(self._alive)
 
     # Prune steps
 
@@ -172,9 +161,11 @@ class Pruner:
         sparsity = np.array([s.sparsity for s in stats])
         past, ema = self._sparsity, config.sparsity_ema
         mean = sparsity if past is None else ema * past + (1 - ema) * sparsity
+        mean = self._ranks.agree(mean, "sparsity ratios")
         target = target_at(step, config)
-        widths = self._widths(mean, target)
-        alive = self._choose(stats, widths)
+        widths = selection.widths(self.graph, self.cost, self._bounds, mean, target, config)
+        alive = selection.strongest(self.graph, stats, widths, self._alive, self._bonus, config)
+        alive = self._ranks.agree(alive, "masks")
         before = self._alive
         self.gates.open(alive & ~before)
         self._alive = alive
@@ -183,42 +174,44 @@ class Pruner:
         self._fresh = before & ~alive
         done = Pruned(target, sparsity, mean, alive, self._fresh, alive & ~before)
         when = {"step": step, "call": self._calls, "iteration": self._iteration}
-        self.events.append(prune_event(self.cost, self.graph, done, **when))
+        self.events.append(prune_event(self._lineage, done, **when))
         if config.protect == "pulse":
             self._window = Window(len(self._alive), self.gates.device)
             self._left = config.window
         elif step == config.prune_steps:
             self._finalise()
-
-    def _widths(self, sparsity: Floats, target: Target) -> Ints:
-        config = self.config
-        streams = np.array([len(g.producers) > 1 for g in self.graph.groups])
-        factors = np.where(streams, config.stream_factor, 1.0)
-        ratios = sparsity if config.adapt == "sparsity" else np.ones_like(sparsity)
-        return schedule.solve(
-            ratios,
-            factors,
-            config.sparsity_power,
-            self._bounds,
-            lambda w: self.cost.fits(w, target),
-        )
-
-    def _choose(self, stats: list[scores.GroupStats], widths: Ints) -> Bools:
-        alive = np.zeros_like(self._alive)
-        for group, entry, width in zip(self.graph.groups, stats, widths, strict=True):
-            span = slice(group.start, group.start + group.size)
-            score = scores.importance(entry, self.config.score)
-            score = score / max(float(score.mean()), 1e-300) + self._bonus[span]
-            score = np.where(self._alive[span], score, score - _STICKY)
-            alive[group.start + np.array(scores.strongest(score, int(width)))] = True
-        return alive
+        else:
+            self._cut()
 
     def _finalise(self) -> None:
         """The masks are final: erase the pruned channels and hold them at zero from now on."""
         self._final = True
+        self._erase()
+        self._cut()
+
+    def _erase(self) -> None:
         self.gates.saved = {}
         self.gates.erase(self._alive)
         self.gates.forget(self._alive)
+
+    def _cut(self) -> None:
+        """If the network shrinks progressively, remove what is pruned, in place."""
+        if not self.config.progressive or self._alive.all():
+            return
+        self._erase()
+        alive = self._alive
+        self._lineage.cut(alive, self._optimizer, check=self.config.verify)
+        self._adopt(self._bonus[alive])
+
+    def _adopt(self, bonus: Floats) -> None:
+        """The model has been cut: what speaks of its channels is made anew."""
+        self.graph = self._lineage.graph
+        self.gates = Gates(self.graph, self._optimizer, self.gates.eps)
+        count = len(self.graph.group_of)
+        self._alive, self._fresh = np.ones(count, dtype=bool), np.zeros(count, dtype=bool)
+        self._bonus, self._window = bonus, Window(count, self.gates.device)
+        sizes = [group.size for group in self.graph.groups]
+        self._bounds = [b.without(n) for b, n in zip(self._bounds, sizes, strict=True)]
 
     # Supervision
 
@@ -266,17 +259,20 @@ class Pruner:
         """Restore what supervision found useful; at the last step by a strict swap."""
         self._left = 0
         last = self._step == self.config.prune_steps
-        verdict = self._window.judge(self.graph, self._alive, self._fresh, self.config, last)
+        self._window.agree(self._ranks)
+        verdict = self._window.judge(self._lineage, self._alive, self._fresh, self.config, last)
         if verdict.restored.any():
             self.gates.open(verdict.restored)
             self._alive = (self._alive | verdict.restored) & ~verdict.dropped
             self._bonus[verdict.restored] += self.config.restore_bonus
             self.gates.close(self._alive)
         when = {"step": self._step, "iteration": self._iteration}
-        self.events.append(window_event(self.graph, self._window, verdict, self._fresh, **when))
+        self.events.append(window_event(self._lineage, self._window, verdict, self._fresh, **when))
         self._fresh = np.zeros_like(self._alive)
         if last:
             self._finalise()
+        else:
+            self._cut()
 
     # The end
 
@@ -307,6 +303,8 @@ class Pruner:
             raise StateError("finish() was already called; use the result that it returned")
         self._require_open("finish")
         keep = keep_optimizer and self._keep_optimizer
+        if inplace:
+            self._ranks.refuse_inplace("finish(inplace=True)")
         if inplace and not keep:
             raise ArgumentError(
                 "finish(inplace=True) with keep_optimizer=False would leave the optimizer with "
@@ -316,20 +314,17 @@ class Pruner:
         if self._step < self.config.prune_steps:
             warn_due(self.config.prune_steps - self._step, self.config.prune_steps)
         self._catch_up()
-        kept = [
-            np.flatnonzero(self._alive[g.start : g.start + g.size]).tolist()
-            for g in self.graph.groups
-        ]
-        plan = plans.from_masks(self.graph, kept, self.cost)
+        whole = self._lineage.plan(self._alive)
         result = apply(
             self.graph.model,
-            plan,
+            self._lineage.step(self._alive),
             optimizer=self._optimizer if keep else None,
             check=self.config.verify,
             inplace=inplace,
         )
         self._finished = True
         self.close()
+        result = replace(result, plan=whole)
         result.report["events"] = [event_to_json(event) for event in self.events]
         result.report["config"] = asdict(self.config)
         return result
@@ -367,7 +362,7 @@ class Pruner:
         """
         return {
             "version": 1,
-            "architecture": plans.fingerprint(self.graph.model),
+            "architecture": self._lineage.architecture,
             "config": asdict(self.config),
             "counters": {name: getattr(self, f"_{name}") for name in COUNTERS},
             "alive": torch.from_numpy(self._alive.copy()),
@@ -377,10 +372,14 @@ class Pruner:
             "sparsity": None if self._sparsity is None else torch.from_numpy(self._sparsity.copy()),
             "saved": self.gates.state_dict(),
             "events": [event_to_json(event) for event in self.events],
+            **({"kept": self._lineage.state_dict()} if self.config.progressive else {}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken; load model and optimizer as well.
+
+        With ``progressive`` load the model and the optimizer afterwards: this cuts the dense ones,
+        so that theirs fit.
 
         Raises:
             StateError: the state belongs to another model or configuration, or is damaged.
@@ -388,7 +387,10 @@ class Pruner:
         if self._finished:
             raise StateError("load_state_dict() after finish(); make a new Pruner for it")
         self._require_open("load_state_dict")
-        found = read_state(state, self.config, self.gates)
+        rest, found = read_state(state, self.config, self._lineage, self._optimizer)
+        if not rest.all():
+            self._lineage.cut(rest, self._optimizer, check=False)
+            self._adopt(found.bonus)
         self.gates.saved = found.saved
         self._alive, self._fresh, self._bonus = found.alive, found.fresh, found.bonus
         self._window, self._sparsity, self.events = found.window, found.sparsity, found.events

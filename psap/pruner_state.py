@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from psap import plans, schedule
+from psap import schedule
 from psap.config import Config, Target
-from psap.cost import CostModel
-from psap.errors import PsapError, PsapWarning, StateError
+from psap.errors import ArgumentError, PsapError, PsapWarning, StateError
 from psap.events import PruneEvent, WindowEvent, event_from_json
 from psap.gates import Bools, Floats, Gates, Saved
-from psap.graph import Graph, Side
+from psap.graph import Side
+from psap.lineage import Lineage
 from psap.protect import Verdict, Window
+from psap.ranks import Ranks
 
 Ints = schedule.Ints
 COUNTERS = ("step", "calls", "iteration", "left", "final")
@@ -40,13 +41,10 @@ class PrunerState:
     events: list[PruneEvent | WindowEvent]
 
 
-def by_group(graph: Graph, channels: Bools) -> dict[str, list[int]]:
-    """The channels that are set, as indices within their group, by the group's name."""
-    found: dict[str, list[int]] = {}
-    for channel in np.flatnonzero(channels).tolist():
-        group = graph.groups[graph.group_of[channel]]
-        found.setdefault(group.name, []).append(channel - group.start)
-    return found
+def by_group(lineage: Lineage, channels: Bools) -> dict[str, list[int]]:
+    """The channels that are set, as dense indices within their group, by the group's name."""
+    pairs = zip(lineage.graph.groups, lineage.kept(channels), strict=True)
+    return {group.name: found.tolist() for group, found in pairs if found.size}
 
 
 @dataclass(frozen=True)
@@ -61,15 +59,15 @@ class Pruned:
     returned: Bools
 
 
-def prune_event(cost: CostModel, graph: Graph, done: Pruned, **when: int) -> PruneEvent:
+def prune_event(lineage: Lineage, done: Pruned, **when: int) -> PruneEvent:
     """The record of one prune step.
 
     Args:
-        cost: the cost model of the graph.
-        graph: the channel graph.
+        lineage: the channel graph, and what its channels are called.
         done: what the step did.
         when: step, call and iteration.
     """
+    graph, cost = lineage.graph, lineage.cost
     widths: Ints = np.bincount(graph.group_of[done.alive], minlength=len(graph.groups))
     after, dense = cost.cost(widths), cost.dense
     names = [g.name for g in graph.groups]
@@ -83,18 +81,18 @@ def prune_event(cost: CostModel, graph: Graph, done: Pruned, **when: int) -> Pru
         sparsity=dict(zip(names, done.sparsity.tolist(), strict=True)),
         sparsity_ema=dict(zip(names, done.mean.tolist(), strict=True)),
         widths=dict(zip(names, widths.tolist(), strict=True)),
-        pruned=by_group(graph, done.pruned),
-        returned=by_group(graph, done.returned),
+        pruned=by_group(lineage, done.pruned),
+        returned=by_group(lineage, done.returned),
     )
 
 
 def window_event(
-    graph: Graph, window: Window, verdict: Verdict, fresh: Bools, **when: int
+    lineage: Lineage, window: Window, verdict: Verdict, fresh: Bools, **when: int
 ) -> WindowEvent:
     """The record of one window.
 
     Args:
-        graph: the channel graph.
+        lineage: the channel graph, and what its channels are called.
         window: the window.
         verdict: what it found.
         fresh: bool [channels], what it supervised.
@@ -104,7 +102,7 @@ def window_event(
         **when,
         observed=window.observed,
         skipped=window.skipped,
-        supervised={name: len(found) for name, found in by_group(graph, fresh).items()},
+        supervised={name: len(found) for name, found in by_group(lineage, fresh).items()},
         candidates=verdict.candidates,
     )
 
@@ -118,6 +116,20 @@ def target_at(step: int, config: Config) -> Target:
         return schedule.kept_share(step, config.prune_steps, bound, config.schedule)
 
     return Target(macs=share(config.target.macs), parameters=share(config.target.parameters))
+
+
+def require_progressive(ranks: Ranks, keep_optimizer: bool) -> None:
+    """Check that a network may change its shapes while it trains.
+
+    Raises:
+        ArgumentError: something holds on to the dense shapes.
+    """
+    ranks.refuse_inplace("Config(progressive=True)")
+    if not keep_optimizer:
+        raise ArgumentError(
+            "Config(progressive=True) cuts the optimizer's state while it trains; use an optimizer "
+            "whose state can be cut (SGD, AdamW), with keep_optimizer=True"
+        )
 
 
 def warn_untrained() -> None:
@@ -140,24 +152,35 @@ def warn_due(due: int, steps: int) -> None:
     )
 
 
-def read_state(state: Any, config: Config, gates: Gates) -> PrunerState:
+def read_state(
+    state: Any, config: Config, lineage: Lineage, optimizer: torch.optim.Optimizer
+) -> tuple[Bools, PrunerState]:
     """Check a state dict; nothing is changed.
 
     Args:
         state: what `psap.Pruner.state_dict` returned, perhaps through a file.
         config: the configuration of the pruner that shall take it.
-        gates: its gates.
+        lineage: what is left of its model.
+        optimizer: its optimizer.
+
+    Returns:
+        bool [channels], what the model must be cut to, and the state.
 
     Raises:
         StateError: the state belongs to another model or configuration, or is damaged.
     """
     if not isinstance(state, Mapping) or state.get("version") != 1:
         raise StateError("this is no state of a Pruner; pass what Pruner.state_dict() returned")
-    if state.get("architecture") != plans.fingerprint(gates.graph.model):
+    if state.get("architecture") != lineage.architecture:
         raise StateError("the state belongs to another model: names or shapes of parameters differ")
     try:
         _same_config(state["config"], asdict(config))
-        return _read(state, config, gates)
+        groups = lineage.graph.groups
+        rest = np.ones(sum(group.size for group in groups), dtype=bool)
+        if config.progressive:
+            rest = lineage.read_state(state["kept"])
+        graph = lineage.graph if rest.all() else lineage.preview(rest)
+        return rest, _read(state, config, Gates(graph, optimizer, config.closed))
     except PsapError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:

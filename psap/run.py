@@ -263,13 +263,11 @@ class Run:
         """Go on where the checkpoint was written.
 
         Raises:
-            PsapError: it does not fit the model, whose code may have changed.
+            StateError: it does not fit the model, whose code may have changed.
         """
         try:
             self._load(tree)
-        except PsapError:
-            raise
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (PsapError, KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise StateError(
                 f"{self.folder / CHECKPOINT} does not fit {self.config.arch}: {reason}; resume "
@@ -288,10 +286,10 @@ class Run:
                 check=False,
             )
             self._take(replace(result, report=tree["report"]))
+        else:  # first: it cuts a network that shrinks progressively, so that the rest fits
+            self.pruner.load_state_dict(tree["pruner"])
         self.model.load_state_dict(tree["model"])
         self.optimizer.load_state_dict(tree["optimizer"])
-        if tree["plan"] is None:
-            self.pruner.load_state_dict(tree["pruner"])
         self.epoch, self.batch, self.loss = tree["epoch"], tree["batch"], tree["loss"]
         self.history, self.dense_accuracy = tree["history"], tree["dense_accuracy"]
         torch.set_rng_state(tree["rng"])

@@ -32,6 +32,8 @@ class RunConfig:
         prune_steps: how often channels are pruned; by default 5, or as often as the epochs allow.
         protect: "gate" keeps copies of pruned filters, "pulse" also restores those that the
             gradients ask for, "none" just removes.
+        progressive: cut the network after every prune step instead of once, so that the rest of the
+            training is faster.
         stream_factor: factor on the pruning ratio of residual streams.
         min_channels: no group of channels becomes smaller.
         round_to: widths are multiples of this.
@@ -64,6 +66,7 @@ class RunConfig:
     prune_epochs: int | None = None
     prune_steps: int | None = None
     protect: Literal["gate", "pulse", "none"] = "pulse"
+    progressive: bool = False
     stream_factor: float = 1.0
     min_channels: int = 2
     round_to: int = 1
@@ -141,6 +144,7 @@ class RunConfig:
             prune_steps=self.steps(),
             interval=(self.phases()[1] - 1) // self.steps(),
             protect=self.protect,
+            progressive=self.progressive,
             stream_factor=self.stream_factor,
             min_channels=self.min_channels,
             round_to=self.round_to,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,21 +42,28 @@ class Limits:
         size: C_g.
         floor: the smallest width allowed.
         quantum: widths are multiples of this, or the full size.
+        most: the largest width that is left, C_g in the beginning.
     """
 
     size: int
     floor: int
     quantum: int
+    most: int
 
     def nearest(self, width: float) -> int:
         """The allowed width that is nearest, or the next larger one at the floor."""
         steps = int(np.floor(width / self.quantum + 0.5))
         least = -(-self.floor // self.quantum)
-        return min(self.size, max(steps, least) * self.quantum)
+        return min(self.most, max(steps, least) * self.quantum)
 
     def above(self, width: int) -> int:
         """The next larger allowed width."""
-        return min(self.size, (width // self.quantum + 1) * self.quantum)
+        return min(self.most, (width // self.quantum + 1) * self.quantum)
+
+    def without(self, width: int) -> Limits:
+        """The bounds when only ``width`` channels are left."""
+        whole = width == self.size or width % self.quantum == 0
+        return replace(self, most=width if whole else width // self.quantum * self.quantum)
 
 
 def limits(
@@ -66,7 +73,9 @@ def limits(
     bounds = []
     for size in sizes:
         floor = max(1, min_channels, int(np.ceil(size * (1 - max_ratio) - 1e-9)))
-        bounds.append(Limits(size=size, floor=min(size, floor), quantum=min(size, round_to)))
+        bounds.append(
+            Limits(size=size, floor=min(size, floor), quantum=min(size, round_to), most=size)
+        )
     return bounds
 
 
@@ -89,8 +98,9 @@ def solve(
         Widths int64 [groups]. If even the floors do not fit, the floors.
     """
     sizes = np.array([b.size for b in bounds], dtype=np.int64)
-    if not len(bounds) or fits(sizes):
-        return sizes
+    most = np.array([b.most for b in bounds], dtype=np.int64)
+    if not len(bounds) or fits(most):
+        return most
     weight = np.nan_to_num(sparsity, nan=1.0) ** power
     if not weight.any() or np.ptp(weight) == 0:
         weight = np.ones_like(weight)

@@ -16,6 +16,7 @@ from psap.errors import ArgumentError, ArgumentTypeError, VerificationError
 from psap.graph.inputs import as_inputs, check_model
 from psap.plans import Plan, fingerprint
 from psap.program import program
+from psap.ranks import Ranks
 from psap.verify import Verification, copied, verify
 
 Mode = Literal["auto", "module", "graph"]
@@ -263,6 +264,8 @@ def apply(
     Warns:
         PsapWarning: PyTorch may crash when it trains the small network further on this CPU.
     """
+    if inplace:
+        Ranks(model).refuse_inplace("inplace=True")
     model = check_plan(model, plan)
     if mode not in ("auto", "module", "graph"):
         raise ArgumentError(f"mode is {mode!r}; pass 'auto', 'module' or 'graph'")

@@ -36,6 +36,7 @@ def test_defaults_are_those_of_the_method() -> None:
         "z_threshold": 3.0,
         "restore_share": 0.1,
         "restore_bonus": 0.3,
+        "progressive": False,
         "verify": True,
     }
 

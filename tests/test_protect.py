@@ -82,7 +82,7 @@ def judge(
     for sign in (1, -1) * 4:
         observe(window, mean + sign * deviation)
     options = {"restore_share": 0.5, "z_threshold": 3.0, **options}
-    return window.judge(pruner.graph, alive, new, psap.Config(**options), last)
+    return window.judge(pruner._lineage, alive, new, psap.Config(**options), last)
 
 
 def indices(mask: np.ndarray) -> list[int]:
@@ -139,7 +139,7 @@ def test_the_threshold_is_strict(pruner: psap.Pruner) -> None:
         alive, fresh = np.ones(20, dtype=bool), np.zeros(20, dtype=bool)
         alive[0], fresh[0] = False, True
         config = psap.Config(z_threshold=float(threshold))
-        assert indices(window.judge(pruner.graph, alive, fresh, config, False).restored) == back
+        assert indices(window.judge(pruner._lineage, alive, fresh, config, False).restored) == back
 
 
 def test_at_the_last_step_channels_swap_strictly(pruner: psap.Pruner) -> None:
@@ -162,7 +162,7 @@ def test_at_the_last_step_channels_swap_strictly(pruner: psap.Pruner) -> None:
 def test_nothing_observed_nothing_restored(pruner: psap.Pruner) -> None:
     fresh = np.arange(20) < 4
     config = psap.Config(z_threshold=0.0, restore_share=1.0)
-    verdict = Window(20).judge(pruner.graph, ~fresh, fresh, config, False)
+    verdict = Window(20).judge(pruner._lineage, ~fresh, fresh, config, False)
     assert not verdict.restored.any() and verdict.candidates == ()
 
 

@@ -14,6 +14,7 @@ from pruner_nets import NETS, OPTIMIZERS, Chain, Plain, backward, inputs, make, 
 from torch import Tensor, nn
 
 import psap
+from psap import selection
 from psap.events import PruneEvent
 from psap.protect import Window
 
@@ -153,10 +154,10 @@ def test_a_width_that_grows_takes_pruned_channels_back_bit_for_bit(
     model, opt, pruner = make("chain")
     train(model, opt)
     before = copy.deepcopy(model.state_dict())
-    monkeypatch.setattr(pruner, "_widths", lambda *_: np.array([4, 12]))
+    monkeypatch.setattr(selection, "widths", lambda *_: np.array([4, 12]))
     pruner.step()
     train(model, opt, iterations=2, first=9)
-    monkeypatch.setattr(pruner, "_widths", lambda *_: np.array([6, 12]))
+    monkeypatch.setattr(selection, "widths", lambda *_: np.array([6, 12]))
     pruner.step()
     rows = pruner.events[1].returned["conv1"]
     assert len(rows) == 2

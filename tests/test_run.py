@@ -158,12 +158,16 @@ def test_resumes_bit_exactly_twice_and_after_the_end(finished: Path, tmp_path: P
     assert (tmp_path / "report.html").exists()
 
 
-@pytest.mark.parametrize("protect", ["gate", "none"])
-def test_resumes_bit_exactly_with_any_protection(protect: str, tmp_path: Path) -> None:
-    train(settings(tmp_path / "a", protect=protect))
+@pytest.mark.parametrize(
+    "options",
+    [{"protect": "gate"}, {"protect": "none"}, {"protect": "pulse", "progressive": True}],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_resumes_bit_exactly_with_any_protection(options: dict[str, Any], tmp_path: Path) -> None:
+    train(settings(tmp_path / "a", **options))
     with pytest.raises(KeyboardInterrupt, match="stopped on request"):
-        train(settings(tmp_path / "b", protect=protect), listener=Interrupts(15, politely=True))
-    train(settings(tmp_path / "b", protect=protect), resume=True)
+        train(settings(tmp_path / "b", **options), listener=Interrupts(15, politely=True))
+    train(settings(tmp_path / "b", **options), resume=True)
     same_weights(tmp_path / "a", tmp_path / "b")
 
 

@@ -37,23 +37,20 @@ def as_inputs(example_inputs: Any) -> tuple[Any, ...]:
 
 
 def check_model(model: Any) -> nn.Module:
-    """Check that a model is one that can be traced; look through ``torch.compile``.
+    """Check that a model is one that can be traced.
+
+    Looks through ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel``.
 
     Raises:
-        ArgumentTypeError: it is no ``nn.Module``, or a scripted one.
+        ArgumentTypeError: it is no ``nn.Module``, or a scripted or sharded one.
         ArgumentError: it has no parameters, lazy ones, or ones on several devices.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
     inner = getattr(model, "_orig_mod", None)  # of what torch.compile wrapped
     checked: nn.Module = inner if isinstance(inner, nn.Module) else model
-    if isinstance(checked, nn.DataParallel):
+    if isinstance(checked, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         checked = checked.module
-    if isinstance(checked, nn.parallel.DistributedDataParallel):
-        raise ArgumentTypeError(
-            "model is wrapped in DistributedDataParallel, which is not supported yet; pass "
-            "model.module, and prune on one process"
-        )
     if isinstance(checked, torch.jit.ScriptModule):
         raise ArgumentTypeError(
             "model is a ScriptModule; pass the eager nn.Module it was made from"
@@ -64,6 +61,12 @@ def check_model(model: Any) -> nn.Module:
     lazy = [n for n, p in parameters.items() if isinstance(p, nn.parameter.UninitializedParameter)]
     if lazy:
         raise ArgumentError(f"{lazy[0]} is not initialised; run the model once, then call psap")
+    sharded = [n for n, p in parameters.items() if type(p).__name__ in ("DTensor", "FlatParameter")]
+    if sharded:
+        raise ArgumentTypeError(
+            f"{sharded[0]} is spread over several processes (FSDP or a DTensor), so that none "
+            "has whole channels; train with DistributedDataParallel, or gather the model first"
+        )
     devices = sorted({str(p.device) for p in parameters.values()})
     if len(devices) > 1:
         raise ArgumentError(f"model lies on several devices ({', '.join(devices)}); move it to one")

@@ -1,0 +1,152 @@
+"""A network that is cut while it trains: what is left of the dense one, and in whose numbers.
+
+Masks, plans and events speak of the channels of the dense network, however often it was cut since.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from psap import plans
+from psap.cost import CostModel
+from psap.errors import StateError
+from psap.graph import Graph
+from psap.plans import Plan
+from psap.shrink import apply, small_copy
+
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+
+def restricted(graph: Graph, alive: Bools) -> Graph:
+    """The graph of what is left of a model when all channels are gone that are not alive.
+
+    Args:
+        graph: the graph before.
+        alive: bool [channels].
+    """
+    number = np.append(np.where(alive, np.cumsum(alive) - 1, -2), -1)  # fixed positions: -1
+    channels = {side: number[found] for side, found in graph.channels.items()}
+    channels = {side: found[found != -2] for side, found in channels.items()}
+    shapes = {
+        name: tuple(
+            channels[name, d].size if (name, d) in channels else n for d, n in enumerate(shape)
+        )
+        for name, shape in graph.shapes.items()
+    }
+    sizes = np.bincount(graph.group_of[alive], minlength=len(graph.groups))
+    starts = np.cumsum(sizes) - sizes
+    groups = tuple(
+        replace(group, size=int(size), start=int(start))
+        for group, size, start in zip(graph.groups, sizes, starts, strict=True)
+    )
+    return replace(
+        graph, channels=channels, shapes=shapes, groups=groups, group_of=graph.group_of[alive]
+    )
+
+
+class Lineage:
+    """What is left of a dense network.
+
+    Args:
+        graph: the graph of the dense model.
+
+    Attributes:
+        dense: the same.
+        cost: cost of the dense model for any widths; shares are shares of it.
+        graph: the graph of the model as it is.
+        original: int64 [channels], the index within its group that each channel of the model had in
+            the dense one.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.dense = self.graph = graph
+        self.cost = CostModel(graph)
+        self.architecture = plans.fingerprint(graph.model)
+        empty = np.empty(0, dtype=np.int64)
+        self.original: Ints = np.concatenate([empty, *(np.arange(g.size) for g in graph.groups)])
+
+    def kept(self, alive: Bools) -> list[Ints]:
+        """For every group the dense indices of the channels that are alive."""
+        spans = [slice(g.start, g.start + g.size) for g in self.graph.groups]
+        return [self.original[span][alive[span]] for span in spans]
+
+    def masks(self, alive: Bools) -> dict[str, Tensor]:
+        """For every group a bool tensor [C_g] over the dense channels."""
+        found = {}
+        for group, kept in zip(self.dense.groups, self.kept(alive), strict=True):
+            found[group.name] = torch.zeros(group.size, dtype=torch.bool)
+            found[group.name][torch.from_numpy(kept)] = True
+        return found
+
+    def plan(self, alive: Bools) -> Plan:
+        """From the dense network to what is alive."""
+        kept = [found.tolist() for found in self.kept(alive)]
+        plan = plans.from_masks(self.dense, kept, self.cost)
+        return replace(plan, architecture=self.architecture, graph=None)
+
+    def step(self, alive: Bools) -> Plan:
+        """From the model as it is to what is alive."""
+        spans = [slice(g.start, g.start + g.size) for g in self.graph.groups]
+        kept = [np.flatnonzero(alive[span]).tolist() for span in spans]
+        return plans.from_masks(self.graph, kept)
+
+    def cut(self, alive: Bools, optimizer: torch.optim.Optimizer, *, check: bool) -> None:
+        """Remove what is not alive from the model and its optimizer, in place.
+
+        Args:
+            alive: bool [channels].
+            optimizer: its state goes with the channels.
+            check: prove before that the small network equals the masked one.
+
+        Raises:
+            VerificationError: it does not; nothing was changed.
+            PsapError: the optimizer's state cannot be cut by channel; nothing was changed.
+        """
+        plan = self.step(alive)
+        apply(self.graph.model, plan, optimizer=optimizer, mode="module", check=check, inplace=True)
+        self.graph, self.original = restricted(self.graph, alive), self.original[alive]
+
+    def preview(self, alive: Bools) -> Graph:
+        """The graph after a cut, of a copy of the model."""
+        model = small_copy(self.graph.model, self.step(alive))
+        return replace(restricted(self.graph, alive), model=model)
+
+    # State
+
+    def state_dict(self) -> list[Tensor]:
+        """For every group the dense indices that the model has."""
+        everything = np.ones(self.original.size, dtype=bool)
+        return [torch.from_numpy(kept.copy()) for kept in self.kept(everything)]
+
+    def read_state(self, state: Sequence[Any]) -> Bools:
+        """What of the model as it is belongs to a state.
+
+        Returns:
+            bool [channels], all true if the model is what the state was taken of.
+
+        Raises:
+            StateError: the state is damaged, or the model has lost channels of it.
+        """
+        present = self.state_dict()
+        if len(state) != len(present):
+            raise StateError("the state is damaged: it has another number of groups")
+        alive = []
+        for group, theirs, mine in zip(self.dense.groups, state, present, strict=True):
+            theirs = torch.as_tensor(theirs).cpu()
+            if theirs.dtype != torch.int64 or theirs.dim() != 1 or not theirs.numel():
+                raise StateError(f"the state is damaged: it has no channels of {group.name}")
+            if bool((theirs.diff() <= 0).any()) or not bool(torch.isin(theirs, mine).all()):
+                raise StateError(
+                    f"the state has channels of {group.name} that the model has no more; load it "
+                    "into a new Pruner of the dense model"
+                )
+            alive.append(torch.isin(mine, theirs).numpy())
+        return np.concatenate(alive)

@@ -1,0 +1,73 @@
+"""Which channels a prune step keeps: widths under the budget, then the strongest of each group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from psap import plans, schedule, scores
+from psap.config import Config, Target
+from psap.cost import CostModel
+from psap.errors import TargetError
+from psap.gates import Bools, Floats
+from psap.graph import Graph
+
+_STICKY = 1e6
+"""Taken off the score of a pruned channel: it stays pruned unless supervision restored it."""
+
+
+def require_target(graph: Graph, cost: CostModel, config: Config) -> None:
+    """Check that the smallest network that the limits allow meets the target.
+
+    Raises:
+        TargetError: it does not, or nothing can be pruned.
+    """
+    if not graph.groups:
+        reasons = [f"{name}: {why}" for name, why in graph.left_alone.items()]
+        raise TargetError("no layer of this model can be pruned: " + "; ".join(reasons[:5]))
+    floors = np.array([b.nearest(b.floor) for b in bounds(graph, config)])
+    plans.require(cost, floors, config.target)
+
+
+def bounds(graph: Graph, config: Config) -> list[schedule.Limits]:
+    """The limits of every group of a dense network."""
+    return schedule.limits(
+        [g.size for g in graph.groups], config.max_ratio, config.min_channels, config.round_to
+    )
+
+
+def widths(
+    graph: Graph,
+    cost: CostModel,
+    limits: Sequence[schedule.Limits],
+    sparsity: Floats,
+    target: Target,
+    config: Config,
+) -> schedule.Ints:
+    """The width of every group that just keeps the budget (docs/method.md, equation 3)."""
+    streams = np.array([len(g.producers) > 1 for g in graph.groups])
+    factors = np.where(streams, config.stream_factor, 1.0)
+    ratios = sparsity if config.adapt == "sparsity" else np.ones_like(sparsity)
+    return schedule.solve(
+        ratios, factors, config.sparsity_power, limits, lambda w: cost.fits(w, target)
+    )
+
+
+def strongest(
+    graph: Graph,
+    stats: Sequence[scores.GroupStats],
+    widths: schedule.Ints,
+    alive: Bools,
+    bonus: Floats,
+    config: Config,
+) -> Bools:
+    """Bool [channels], the new masks: the best of every group by score and bonus."""
+    chosen = np.zeros_like(alive)
+    for group, entry, width in zip(graph.groups, stats, widths, strict=True):
+        span = slice(group.start, group.start + group.size)
+        score = scores.importance(entry, config.score)
+        score = score / max(float(score.mean()), 1e-300) + bonus[span]
+        score = np.where(alive[span], score, score - _STICKY)
+        chosen[group.start + np.array(scores.strongest(score, int(width)))] = True
+    return chosen

@@ -1,0 +1,187 @@
+"""Networks that are cut after every prune step, while they train."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pruner_nets import NETS, OPTIMIZERS, Chain, inputs, make, train
+from torch import nn
+
+import psap
+from psap import selection
+from psap.events import PruneEvent, WindowEvent
+
+PROGRESSIVE = {"progressive": True, "window": 3, "prune_steps": 3}
+
+
+def indices(event: PruneEvent | WindowEvent, field: str) -> set[tuple[str, int]]:
+    return {(name, i) for name, found in getattr(event, field).items() for i in found}
+
+
+def dead(pruner: psap.Pruner) -> set[tuple[str, int]]:
+    return {
+        (name, i) for name, kept in pruner.masks().items() for i in np.flatnonzero(~kept.numpy())
+    }
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("protect", ["gate", "pulse", "none"])
+def test_the_network_shrinks_while_it_trains(name: str, protect: str, tmp_path: Path) -> None:
+    optimizer = list(OPTIMIZERS)[len(name) % 4]
+    model, opt, pruner = make(name, optimizer=optimizer, protect=protect, **PROGRESSIVE)
+    dense = copy.deepcopy(model)
+    parameters, sizes = list(model.parameters()), [p.numel() for p in model.parameters()]
+    shapes = {name: kept.shape for name, kept in pruner.masks().items()}
+    counts = [sum(sizes)]
+    for epoch in range(3):
+        train(model, opt, iterations=5, first=5 * epoch)
+        pruner.step()
+        train(model, opt, iterations=3, first=50 + epoch)  # the window
+        counts.append(sum(p.numel() for p in model.parameters()))
+    assert pruner.done and counts == sorted(counts, reverse=True) and counts[3] < counts[0]
+    assert [id(p) for p in model.parameters()] == [id(p) for p in parameters]
+    assert {name: kept.shape for name, kept in pruner.masks().items()} == shapes
+    gone: set[tuple[str, int]] = set()
+    for event in pruner.events:
+        if isinstance(event, PruneEvent):
+            assert not indices(event, "pruned") & gone and not event.returned
+            gone |= indices(event, "pruned")
+        else:
+            gone -= {(c.group, c.channel) for c in event.candidates if c.restored}
+    if protect != "pulse":  # whose strict swap at the end exchanges channels
+        assert gone == dead(pruner)
+    last = [e for e in pruner.events if isinstance(e, PruneEvent)][-1]
+    assert last.macs_share <= 0.4
+    result = pruner.finish()
+    macs = result.plan.after.macs / result.plan.before.macs
+    assert macs == pytest.approx(last.macs_share) and result.plan.before == pruner.cost.dense
+    psap.save(result, tmp_path / "small.psap")
+    loaded = psap.load(tmp_path / "small.psap", lambda: copy.deepcopy(dense))
+    wanted = model.eval()(inputs())
+    for net in (loaded, result.model):
+        torch.testing.assert_close(net.eval()(inputs()), wanted, rtol=1e-6, atol=1e-7)
+    before = [p.detach().clone() for p in result.model.parameters()]
+    train(result.model.train(), result.optimizer, iterations=2, first=90)
+    moved = zip(before, result.model.parameters(), strict=True)
+    assert all(not torch.equal(a, b) for a, b in moved)
+
+
+def first(graph: Any, stats: Any, widths: Any, alive: Any, *_: Any) -> Any:
+    """The first channels of each group that are still there: a choice by no weight."""
+    chosen = np.zeros_like(alive)
+    for group, width in zip(graph.groups, widths, strict=True):
+        there = group.start + np.flatnonzero(alive[group.start : group.start + group.size])
+        chosen[there[:width]] = True
+    return chosen
+
+
+@pytest.mark.parametrize("name", ["chain", "plain", "residual", "preact", "mobile", "dense"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_training_goes_on_as_if_masked(
+    name: str, optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without gates and with a choice that looks at no weight, masking is all there is."""
+    monkeypatch.setattr(selection, "strongest", first)
+    losses, masks = [], []
+    for progressive in (False, True):
+        options = {**PROGRESSIVE, "progressive": progressive, "protect": "none", "adapt": "uniform"}
+        model, opt, pruner = make(name, optimizer=optimizer, dtype=torch.float64, **options)
+        losses.append(train(model, opt, pruner, epochs=4, iterations=3, dtype=torch.float64))
+        masks.append(pruner.masks())
+        assert pruner.done
+    assert all(torch.equal(kept, masks[1][group]) for group, kept in masks[0].items())
+    assert len(losses[0]) == 12
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-6)
+
+
+def everything(model: Any, opt: Any, pruner: psap.Pruner) -> dict[str, Any]:
+    state = {"model": model.state_dict(), "opt": opt.state_dict(), "pruner": pruner.state_dict()}
+    return copy.deepcopy(state)
+
+
+def advance(model: Any, opt: Any, pruner: psap.Pruner, start: int, stop: int) -> None:
+    for i in range(start, stop):
+        train(model, opt, iterations=1, first=i)
+        if (i + 1) % 5 == 0:
+            pruner.step()
+
+
+@pytest.mark.parametrize("at", [3, 5, 6, 9, 11, 17, 22])
+@pytest.mark.parametrize("protect", ["gate", "pulse"])
+def test_a_resumed_run_has_the_same_bits(protect: str, at: int, tmp_path: Path) -> None:
+    options = {**PROGRESSIVE, "protect": protect, "z_threshold": 0.3, "restore_share": 0.5}
+    model, opt, pruner = make("residual", **options)
+    advance(model, opt, pruner, 0, at)
+    torch.save(everything(model, opt, pruner), tmp_path / "state.pt")
+    advance(model, opt, pruner, at, 24)
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    other, opt2, resumed = make("residual", seed=99, **options)
+    resumed.load_state_dict(saved["pruner"])  # first: it cuts what the others fill
+    other.load_state_dict(saved["model"])
+    opt2.load_state_dict(saved["opt"])
+    advance(other, opt2, resumed, at, 24)
+    one, two = pruner.finish(), resumed.finish()
+    assert one.plan == two.plan and one.report["events"] == two.report["events"]
+    weights = zip(one.model.state_dict().values(), two.model.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in weights)
+
+
+def test_a_state_of_a_larger_network_is_refused() -> None:
+    model, opt, pruner = make("residual", protect="gate", **PROGRESSIVE)
+    advance(model, opt, pruner, 0, 5)
+    older = copy.deepcopy(pruner.state_dict())
+    advance(model, opt, pruner, 5, 10)
+    before = everything(model, opt, pruner)
+    with pytest.raises(psap.StateError, match=r"channels of .* that the model has no more"):
+        pruner.load_state_dict(older)
+    damaged = {**older, "kept": [kept.float() for kept in older["kept"]]}
+    with pytest.raises(psap.StateError, match=r"damaged: it has no channels of"):
+        pruner.load_state_dict(damaged)
+    with pytest.raises(psap.StateError, match="another number of groups"):
+        pruner.load_state_dict({**older, "kept": older["kept"][:-1]})
+    with pytest.raises(psap.StateError, match=r"damaged \(KeyError"):
+        pruner.load_state_dict({key: value for key, value in older.items() if key != "kept"})
+    fresh, fresh_opt, other = make("residual", protect="gate", **PROGRESSIVE)
+    shapes = [p.shape for p in fresh.parameters()]
+    with pytest.raises(psap.StateError, match="damaged: 'bonus'"):
+        other.load_state_dict({**older, "bonus": older["bonus"][:-1]})
+    assert [p.shape for p in fresh.parameters()] == shapes and not fresh_opt.state
+    after = everything(model, opt, pruner)
+    assert torch.equal(before["pruner"]["alive"], after["pruner"]["alive"])
+    pairs = zip(before["model"].values(), after["model"].values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+class Fixed(nn.Module):
+    """Fixes its width in Python, so that only graph mode can shrink it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.chain = Chain()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        net = self.chain
+        x = torch.relu(net.bn1(net.conv1(x))).view(x.shape[0], 8, 64).view(x.shape[0], 8, 8, 8)
+        return net.head(torch.relu(net.bn2(net.conv2(x))))
+
+
+def test_what_cannot_be_cut_in_place_is_refused_at_once() -> None:
+    config = psap.Config(progressive=True)
+    net = Chain()
+    opt = torch.optim.LBFGS(net.parameters())
+    with pytest.raises(psap.ArgumentError, match=r"cuts the optimizer's state while it trains"):
+        psap.Pruner(net, inputs(), optimizer=opt, config=config, keep_optimizer=False)
+    fixed = Fixed()
+    sgd = torch.optim.SGD(fixed.parameters(), 0.1)
+    with pytest.raises(psap.VerificationError, match="module mode"):
+        psap.Pruner(fixed, inputs(), optimizer=sgd, config=config)
+    psap.Pruner(fixed, inputs(), optimizer=sgd, config=psap.Config())  # and graph mode can
+    with pytest.raises(
+        psap.ArgumentTypeError, match=r"Config\.progressive is 1; pass True or False"
+    ):
+        psap.Config(progressive=1)
