@@ -139,7 +139,7 @@ def inspect(*, arch: str, num_classes: int = 10, input: str | None = None) -> in
 
     example = _zeros(input, arch)
     model = create(arch, num_classes=num_classes, in_channels=example.shape[1])
-    graph = psap.trace(model, example)
+    graph = psap.trace(model, example, gated=True)  # what a run can prune
     console = Console()
     console.print(*_groups(graph), sep="\n")
     return 0

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from psap.errors import TraceError
+from psap.graph.common import vector
 from psap.graph.groups import doubled
 from psap.graph.labels import Ints, plain
 from psap.graph.rules import RULES
@@ -58,7 +59,7 @@ class _Calls(TorchFunctionMode):
             if name in ("view", "reshape", "expand"):
                 self.sized.add(where)
             for tensor in tree_leaves((args[:1], out)):
-                labels = self._tracer.get(tensor)
+                labels = vector(self._tracer, tensor)
                 if labels is not None:
                     self.found.append((where, plain(labels)))
         elif name in ("__get__", "size") and (labels := self._tracer.get(args[0])) is not None:
@@ -105,6 +106,7 @@ def _found(
     stays = torch.from_numpy(alive(tracer))
     # A size that is read off a tensor which shrinks may be that of another one which does not.
     calls.found += [(where, labels) for where, labels in calls.read if where in calls.sized]
+    calls.found += tracer.counted
     names = {where[-1] for where, labels in calls.found if not bool(stays[labels].all())}
     return {name: given.get(name, {}) for name in sorted(names)}
 

@@ -17,7 +17,7 @@ FORMAT = "psap-plan"
 VERSION = 1
 MOST_POSITIONS = 1 << 26
 """A plan read from text may not list more positions than this (a guard against bombs)."""
-ROLES = ("out", "in", "state", "slope")
+ROLES = ("out", "in", "cut", "state", "slope")
 
 
 def _pack(indices: Sequence[int]) -> str:

@@ -42,7 +42,8 @@ class SidePlan:
     Attributes:
         name: the parameter or buffer.
         dim: its dimension.
-        role: "out" if zeros there make the channel zero, "in" if the channel is read there.
+        role: "out" if zeros there make the channel zero, "in" if the channel is read there, "cut"
+            if it is and would not be zero.
         size: positions before.
         kept: positions that stay, ascending.
     """
@@ -76,6 +77,7 @@ class Plan:
         left_alone: why a layer keeps all of its channels.
         inputs: what the model was traced with.
         graph: the graph it was made from; absent after `from_json`.
+        counted: whether a norm counts channels that go, so that only graph mode is exact.
     """
 
     architecture: str
@@ -87,6 +89,7 @@ class Plan:
     left_alone: Mapping[str, str]
     inputs: tuple[InputSpec | None, ...]
     graph: Graph | None = field(default=None, compare=False, repr=False)
+    counted: bool = field(default=False, compare=False)
 
     def __repr__(self) -> str:
         name = "" if self.graph is None else f"{type(self.graph.model).__name__}: "
@@ -189,6 +192,7 @@ def from_masks(graph: Graph, kept: Sequence[Sequence[int]], cost: CostModel | No
             for x in graph.inputs
         ),
         graph=graph,
+        counted=any(len(kept[n]) < graph.groups[n].size for n in graph.counted),
     )
 
 

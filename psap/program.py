@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
 from psap.errors import VerificationError
+from psap.graph.common import vector
 from psap.graph.groups import Side
 from psap.graph.labels import Ints, plain
 from psap.graph.rules import RULES
@@ -41,7 +42,7 @@ class _Recorder(fx.Interpreter):
         """Run one node; keep what rewriting needs to know about its result."""
         value = super().run_node(n)
         if isinstance(value, Tensor):
-            labels = self.tracer.get(value)
+            labels = vector(self.tracer, value)
             if labels is not None:
                 self.record.labels[n] = plain(labels)
             self.record.values[n] = value.shape

@@ -81,7 +81,7 @@ class Pruner:
             check_trainable(model)
         self.config = config
         self._ranks = Ranks(model)
-        self.graph: Graph = trace(model, example_inputs)
+        self.graph: Graph = trace(model, example_inputs, gated=True)
         optim.check_optimizer(optimizer, self.graph.model)
         optim.require_alone(optimizer)
         self._lineage = Lineage(self.graph)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.nn import functional as F
 
+from psap import counted
 from psap.errors import VerificationError
 from psap.graph.labels import Ints
 
@@ -56,6 +59,55 @@ def _stays(node: Any, record: Record, alive: Ints) -> Stays | None:
     return masks
 
 
+COUNTS = ("layer_norm", "group_norm", "rms_norm", "mean")
+"""Calls that divide by a number of channels."""
+
+
+def _count(node: fx.Node, twin: fx.Node, shape: torch.Size, before: Stays) -> None:
+    """Let a norm or a mean count the channels that go as zeros."""
+    name = node.target if isinstance(node.target, str) else node.target.__name__
+    if name == "mean":
+        _mean(node, twin, shape, before)
+        return
+    if node.target not in (F.layer_norm, F.group_norm, F.rms_norm):
+        raise VerificationError(f"{name} at {node.name} has no rewriting rule")
+    bound = inspect.signature(node.target).bind(*twin.args, **twin.kwargs)
+    bound.apply_defaults()
+    given = bound.arguments
+    if name == "group_norm":
+        share = _share(shape, before, [1])
+        twin.target = counted.group_norm
+        how = [given["num_groups"], given["weight"], given["bias"]]
+    else:
+        over = len(given["normalized_shape"])
+        share = _share(shape, before, list(range(len(shape) - over, len(shape))))
+        twin.target = counted.layer_norm if name == "layer_norm" else counted.rms_norm
+        how = [over, given["weight"], *([given["bias"]] if name == "layer_norm" else [])]
+    twin.args, twin.kwargs = (given["input"], *how, given["eps"], share), {}
+
+
+def _mean(node: fx.Node, twin: fx.Node, shape: torch.Size, before: Stays) -> None:
+    dims: Any = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+    keep: Any = node.kwargs.get("keepdim", node.args[2] if len(node.args) > 2 else False)
+    dims = list(range(len(shape))) if dims is None else dims
+    dims = [d % len(shape) for d in (dims if isinstance(dims, (tuple, list)) else [dims])]
+    share = _share(shape, before, dims)
+    if share == 1:
+        return
+    if node.kwargs.get("dtype") is not None:
+        raise VerificationError(f"mean with a dtype at {node.name} has no rewriting rule")
+    twin.op, twin.target = "call_function", counted.mean
+    twin.args, twin.kwargs = (twin.args[0], dims, keep, share), {}
+
+
+def _share(shape: torch.Size, before: Stays, dims: list[int]) -> float:
+    share = 1.0
+    for dim in dims:
+        mask = before[dim]
+        share *= 1.0 if mask is None else int(mask.sum()) / shape[dim]
+    return share
+
+
 def _kept_before(mask: Tensor | None, index: int) -> int:
     return index if mask is None else int(mask[:index].sum())
 
@@ -76,7 +128,9 @@ def rewrite(node: fx.Node, twin: fx.Node, record: Record, alive: Ints) -> None:
             _pad(twin, record.values[source], record.values[node], stays)
         return
     before = _stays(source, record, alive)
-    if node.target is operator.getitem and before is not None:
+    if name in COUNTS and before is not None:
+        _count(node, twin, record.values[source], before)
+    elif node.target is operator.getitem and before is not None:
         _slices(twin, node.args[1], record.values[source], before)
     elif name in ("split", "chunk", "tensor_split") and before is not None:
         _split(node, twin, record.values[source], record.values[node], before)
@@ -110,20 +164,42 @@ def _sizes(node: fx.Node, twin: fx.Node, record: Record, alive: Ints, stays: Sta
 
 
 def _other(size: Any, wanted: int, record: Record, alive: Ints) -> bool:
-    """Whether a size is read off a tensor that keeps another number of channels there."""
-    if not isinstance(size, fx.Node) or not size.args:
+    """Whether a size is computed from a number of channels, and comes out different."""
+    if not isinstance(size, fx.Node):
         return False
-    source: Any = size.args[0]
-    dim = size.args[-1]
-    if isinstance(source, fx.Node) and size.target is operator.getitem and source.args:
-        source = source.args[0]  # of ``x.shape[dim]``: source is getattr(x, "shape")
-    known = isinstance(source, fx.Node) and isinstance(record.values.get(source), torch.Size)
-    if not known or not isinstance(dim, int):
-        return False
+    value = _in_small(size, record, alive)
+    return isinstance(value, int) and value != wanted
+
+
+def _in_small(value: Any, record: Record, alive: Ints) -> Any:
+    """What arithmetic on sizes gives in the small network; None if that is not known."""
+    if not isinstance(value, fx.Node):
+        return value
+    known = record.values.get(value)
+    sizes = isinstance(known, torch.Size)
+    source = value.args[0] if value.args else None
+    if isinstance(source, fx.Node) and isinstance(record.values.get(source), torch.Size):
+        if sizes and value.target in (getattr, "size"):  # of a tensor: x.shape or x.size()
+            return _small_shape(source, record, alive)
+        if value.target == "size" and len(value.args) == 2:
+            return _small_shape(source, record, alive)[value.args[1]]  # type: ignore[index]
+    if sizes or not isinstance(known, (int, torch.Size)) or value.op != "call_function":
+        return None
+    args = [_in_small(arg, record, alive) for arg in value.args]
+    if any(arg is None for arg in args) or value.target not in _ARITHMETIC:
+        return None
+    return value.target(*args)
+
+
+_ARITHMETIC = (
+    operator.getitem, operator.floordiv, operator.mul, operator.add, operator.sub, operator.mod,
+)  # fmt: skip
+
+
+def _small_shape(source: fx.Node, record: Record, alive: Ints) -> list[int]:
     shape = record.values[source]
-    before = _stays(source, record, alive)
-    mask = before[dim % len(shape)] if before is not None else None
-    return wanted != (shape[dim] if mask is None else int(mask.sum()))
+    before = _stays(source, record, alive) or [None] * len(shape)
+    return [n if mask is None else int(mask.sum()) for n, mask in zip(shape, before, strict=True)]
 
 
 def _groups(twin: fx.Node, shape: Any, before: Stays) -> None:

@@ -130,8 +130,9 @@ def gather_all(
 def mask(model: nn.Module, plan: Plan) -> nn.Module:
     """The dense network with the plan's channels set to zero: what the small one must equal.
 
-    Only what *makes* a channel is zeroed (filters, biases, affine pairs of norms, running means);
-    what reads it is not, so the comparison proves that pruned channels really are silent.
+    What *makes* a channel is zeroed (filters, biases, affine pairs of norms, running means). What
+    reads it is not, so the comparison proves that pruned channels really are silent; except what
+    reads a channel that does not stay zero on its way (after a sigmoid).
 
     Args:
         model: the dense model; it is not changed.
@@ -155,7 +156,7 @@ def zero_(model: nn.Module, plan: Plan) -> None:
     tensors = _tensors(model)
     targets, keeps = [], []
     for side in plan.sides:
-        if side.role == "out":
+        if side.role in ("out", "cut"):
             keep = torch.zeros(side.size, dtype=torch.bool)
             keep[list(side.kept)] = True
             target = tensors[side.name].detach()
@@ -210,8 +211,12 @@ def _refit(module: nn.Module) -> None:
         module.num_parameters = weight.numel()
     elif isinstance(module, nn.Embedding):
         module.embedding_dim = weight.shape[1]
-    elif isinstance(module, nn.GroupNorm) and weight.shape[0] != module.num_channels:
-        module.num_groups = module.num_channels = weight.shape[0]
+    elif isinstance(module, nn.GroupNorm):
+        alone = module.num_groups == module.num_channels
+        module.num_channels = weight.shape[0]
+        module.num_groups = weight.shape[0] if alone else module.num_groups
+    elif isinstance(module, nn.LayerNorm):
+        module.normalized_shape = tuple(weight.shape)
 
 
 def _refit_conv(module: nn.modules.conv._ConvNd, weight: Tensor) -> None:
@@ -275,8 +280,7 @@ def apply(
         )
     names = {} if optimizer is None else optim.check_optimizer(optimizer, model)
     inputs = _inputs(plan, example_inputs, model)
-    if mode == "auto" and inplace:
-        mode = "module"
+    mode = "module" if mode == "auto" and inplace else mode
     small, made, proof = _build(model, plan, inputs, mode, check)
     state: dict[str, Any] = {}
     if optimizer is not None:
@@ -315,7 +319,12 @@ def _build(
         raise ArgumentError("the plan does not hold example inputs; pass example_inputs=...")
     makers: dict[Literal["module", "graph"], Callable[[nn.Module], nn.Module]] = {}
     notes: list[str] = []
-    if mode in ("auto", "module"):
+    if plan.counted and mode == "module":
+        raise VerificationError(
+            "a norm counts channels that go: use mode='graph' and inplace=False, or "
+            "psap.trace(model, example_inputs, gated=True), which leaves them alone"
+        )
+    if mode in ("auto", "module") and not plan.counted:
         makers["module"] = lambda dense: small_copy(dense, plan)
     if mode in ("auto", "graph") and inputs is not None:
         makers["graph"] = lambda dense: program(dense, plan, inputs, small_copy, notes)

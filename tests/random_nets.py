@@ -26,16 +26,17 @@ def _conv(draw: Any, c: int) -> tuple[nn.Module, int]:
     o = draw(st.integers(1, 12))
     k = draw(st.sampled_from([1, 3]))
     act = _act(draw)
-    norm = draw(st.sampled_from(["none", "bn", "bn, plain", "gn", "gn, one", "in"]))
+    bias = draw(st.booleans())
+    norm = draw(st.sampled_from(["none", "bn", "bn, plain", "gn", "gn, one", "gn, two", "in"]))
     norms = {
         "none": nn.Identity,
         "bn": lambda: nn.BatchNorm2d(o),
         "bn, plain": lambda: nn.BatchNorm2d(o, affine=False),
         "gn": lambda: nn.GroupNorm(o, o),
         "gn, one": lambda: nn.GroupNorm(1, o),
+        "gn, two": lambda: nn.GroupNorm(2 - o % 2, o, affine=bias),
         "in": lambda: nn.InstanceNorm2d(o, affine=True),
     }
-    bias = draw(st.booleans())
     return Net(
         lambda m, x: act(m.n(m.c(x))), c=conv(c, o, k, bias=bias), n=norms[norm]()
     ), o  # fmt: skip
@@ -193,7 +194,19 @@ def _parameters(draw: Any, c: int) -> tuple[nn.Module, int]:
 
 
 def _odd(draw: Any, c: int) -> tuple[nn.Module, int]:
-    kind = draw(st.sampled_from(["plus", "cumsum", "roll", "order", "attention", "norm", "view"]))
+    kinds = [
+        "plus",
+        "cumsum",
+        "roll",
+        "order",
+        "attention",
+        "norm",
+        "view",
+        "mean",
+        "response",
+        "rms",
+    ]
+    kind = draw(st.sampled_from(kinds))
 
     def attention(m: Any, x: Tensor) -> Tensor:
         q, k, v = (f(x).flatten(2) for f in (m.a, m.b, m.d))
@@ -206,6 +219,9 @@ def _odd(draw: Any, c: int) -> tuple[nn.Module, int]:
         "order": lambda m, x: m.a(x)[:, m.order],
         "attention": attention,
         "norm": lambda m, x: m.n(m.a(x).movedim(1, -1)).movedim(-1, 1),
+        "mean": lambda m, x: m.a(x) * x.mean(1, keepdim=True),
+        "response": lambda m, x: m.a(x) * (x / (1 + x.square().mean((1, 2, 3), keepdim=True))),
+        "rms": lambda m, x: F.rms_norm(m.a(x).movedim(1, -1), (c,)).movedim(-1, 1),
         "view": lambda m, x: m.a(x).reshape(-1, c, x.shape[2] * x.shape[3]).view(-1, c, 8, 8),
     }[kind]
     return Net(

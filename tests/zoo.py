@@ -14,12 +14,17 @@ from zoo_blocks import (
     cross_channel_gate,
     cross_stage,
     fixed_filter,
+    fixed_scale,
     frozen_batch_norm,
     functional_depthwise,
     fused_product,
     global_response_norm,
     grouped_transposed,
+    half_width,
+    mean_gate,
+    root_mean_square,
     selective_kernel,
+    shifted,
     sorted_outputs,
     split_attention,
 )
@@ -162,7 +167,7 @@ CASES: dict[str, Case] = {
     "cat with a constant": _case(cat_constant, stem=8, last=6, alone={"grid": "used by aten.exp"}),
     "one channel multiplied": _case(one_channel, stem=8, last=6, alone={"gate": "spreads it over"}),
     "one channel added": _case(
-        one_channel_added, last=6, alone={"stem": "not stay zero", "shift": "spreads it over"}
+        one_channel_added, stem=8, last=6, alone={"shift": "spreads it over"}
     ),
     "weight standardisation": _case(
         standardised, last=6, alone={"stem": "computed in forward", "w": "used by aten.mean"}
@@ -180,18 +185,15 @@ CASES: dict[str, Case] = {
             **dict.fromkeys("qkv", "a product of two activations"),
         },
     ),
-    "layer norm": _case(layer_norm, stem=8, last=6, alone={"one": "layer norm over the channels"}),
+    "layer norm": _case(layer_norm, stem=8, one=10, last=6, graph=1),
     "x + 1": _case(
-        lambda: block(8, lambda m, x: m.one(x) + 1, one=conv(8, 8)),
-        stem=8,
-        last=6,
-        alone={"one": "not stay zero after add of a const"},
+        lambda: block(8, lambda m, x: m.one(x) + 1, one=conv(8, 8)), stem=8, one=8, last=6
     ),
     "bare sigmoid": _case(
         lambda: block(8, lambda m, x: torch.sigmoid(m.one(x)), one=conv(8, 8)),
         stem=8,
+        one=8,
         last=6,
-        alone={"one": "would not stay zero after sigmoid"},
     ),
     "unknown op": _case(unknown, stem=8, last=6, alone={"one": "no rule for aten.cumsum"}),
     "layer scale and position": _case(layer_scale, stem=8, last=6),
@@ -205,9 +207,7 @@ CASES: dict[str, Case] = {
     "roll": _case(rolled, stem=8, last=6, alone={"one": "roll moves channels"}),
     "index_select": _case(indexed, stem=8, last=6, alone={"one": "index_select moves channels"}),
     "group norm, one channel each": _case(lambda: group_normed(10), stem=8, one=10, last=6),
-    "group norm, several": _case(
-        lambda: group_normed(5), stem=8, last=6, alone={"one": "group norm over several channels"}
-    ),
+    "group norm, several": _case(lambda: group_normed(5), stem=8, one=2, last=6, graph=1),
     "group norm, no parameters": _case(
         lambda: group_normed(10, False), stem=8, last=6, alone={"one": "without parameters"}
     ),
@@ -235,11 +235,13 @@ CASES: dict[str, Case] = {
         last=6,
         alone=dict.fromkeys(("one", "slide"), "convolution slides over the channels"),
     ),
-    "global response norm": _case(
-        global_response_norm,
-        stem=8,
-        last=6,
-        alone=dict.fromkeys(("one", "scale", "shift"), "reduced over the channels"),
+    "global response norm": _case(global_response_norm, stem=8, one=10, last=6, graph=1),
+    "mean over channels": _case(mean_gate, stem=8, one=10, last=6, graph=1),
+    "rms norm": _case(root_mean_square, stem=8, one=10, last=6, graph=1),
+    "constant after each channel": _case(shifted, stem=8, one=10, last=6),
+    "layer scale of fixed shape": _case(fixed_scale, stem=8, last=6, graph=1),
+    "half of the width": _case(
+        half_width, stem=8, last=6, graph=1, alone={"one": "by its position"}
     ),
     "sorted outputs": Case(sorted_outputs, {"stem": 8}, {"head.2": "no rule for aten.sort"}),
 }

@@ -125,6 +125,52 @@ def global_response_norm() -> nn.Module:
     )  # fmt: skip
 
 
+def mean_gate() -> nn.Module:
+    """A map of the mean over the channels, as in CBAM."""
+
+    def body(m: Any, x: Tensor) -> Tensor:
+        x = m.one(x)
+        return x * torch.sigmoid(
+            x.mean(1, keepdim=True) + x.square().mean(dim=[1, 2, 3], keepdim=True)
+        )
+
+    return block(8, body, one=conv(8, 10), last=conv(10, 6))
+
+
+def root_mean_square() -> nn.Module:
+    def body(m: Any, x: Tensor) -> Tensor:
+        return F.rms_norm(m.one(x).movedim(1, -1), (10,), m.scale).movedim(-1, 1)
+
+    return block(8, body, one=conv(8, 10), scale=param(10), last=conv(10, 6))
+
+
+def shifted() -> nn.Module:
+    """A shift that all channels share (HGNet): what is pruned must be cut off where it is read."""
+
+    def body(m: Any, x: Tensor) -> Tensor:
+        return m.scale * F.relu(m.one(x)) + m.shift
+
+    return block(8, body, one=conv(8, 10), scale=param(1), shift=param(1), last=conv(10, 6))
+
+
+def fixed_scale() -> nn.Module:
+    def body(m: Any, x: Tensor) -> Tensor:
+        return x + m.one(x) * m.scale.view((8, 1, 1))
+
+    return block(8, body, one=conv(8, 8), scale=param(8))
+
+
+def half_width() -> nn.Module:
+    """A width of one layer that is computed from that of another."""
+
+    def body(m: Any, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        both = m.one(x).reshape(n, 2, c // 2, h, w)
+        return x * torch.cat([both[:, 1], both[:, 0]], 1).mean((1, 2, 3), keepdim=True).cumsum(1)
+
+    return block(8, body, one=conv(8, 8))
+
+
 def sorted_outputs() -> nn.Module:
     """Equal scores, which rounding may sort either way."""
 

@@ -13,12 +13,11 @@ from psap.graph.trace import Args, Tracer, View
 
 def _consume(t: Tracer, x: Tensor, dim: int, weight: Tensor, weight_dim: int, op: str) -> None:
     """Tie the channels of ``x`` to the input side of a weight."""
-    side = t.claim(weight, weight_dim, "in")
     labels = t.get(x)
+    side = t.claim(weight, weight_dim, "in" if labels is None else t.reading(labels))
     if labels is None:
         t.freeze(side, "reads data that has no channels to prune")
         return
-    t.settle(labels)
     channels = channels_along(t, x, labels, dim, op)
     if channels is None:
         t.freeze(side, f"reads channels that {op} cannot lose")
@@ -64,14 +63,12 @@ def _grouped(t: Tracer, x: Tensor, weight: Tensor, groups: int) -> Tensor | None
     channels = channels_along(t, x, labels, 1, "grouped convolution")
     if channels is None:
         return None
-    if weight.shape[1] == 1:
-        t.settle(labels)
+    if weight.shape[1] == 1:  # a filter that is zero gives zero whatever it reads
         t.labels.freeze(t.claim(weight, 1, "in"), "depthwise")
         t.labels.unite(channels.repeat_interleave(weight.shape[0] // groups), gives)
         return gives
-    t.settle(labels)
     by_group = channels.view(groups, -1)
-    t.labels.unite(by_group, t.claim(weight, 1, "in"))
+    t.labels.unite(by_group, t.claim(weight, 1, t.reading(labels)))
     rows = gives.view(groups, -1)
     t.labels.unite(rows, rows[0])
     return gives
@@ -85,12 +82,11 @@ def _grouped_back(t: Tracer, x: Tensor, weight: Tensor, groups: int) -> Tensor |
     channels = channels_along(t, x, labels, 1, "grouped convolution")
     if channels is None:
         return None
-    t.settle(labels)
     if weight.shape[0] == groups:
         t.labels.unite(channels, t.claim(weight, 0, "out"))
         t.labels.freeze(t.claim(weight, 1, "in"), "depthwise")
         return channels.repeat_interleave(weight.shape[1])
-    reads = t.claim(weight, 0, "in")
+    reads = t.claim(weight, 0, t.reading(labels))
     t.labels.unite(channels, reads)
     rows = reads.view(groups, -1)
     t.labels.unite(rows, rows[0])
@@ -191,39 +187,3 @@ def _computed(t: Tracer, labels: Tensor | None, channels: Tensor, role: str) -> 
     if role == "out":
         t.settle(labels)
     t.labels.unite(labels, channels)
-
-
-def layer_norm(t: Tracer, a: Args, out: Any) -> None:
-    """Statistics over the last dimensions: exact only if no channel lies there."""
-    _statistics_over(t, a, out, len(a["normalized_shape"]))
-
-
-def _statistics_over(t: Tracer, a: Args, out: Any, last: int) -> None:
-    labels = t.get(a["input"])
-    if labels is None:
-        return
-    if any(labels.shape[dim] > 1 for dim in range(labels.dim() - last, labels.dim())):
-        t.freeze(labels, "layer norm over the channels: its statistics would change")
-    else:
-        t.set(first(out), t.taint(labels, "layer norm"))
-
-
-def group_norm(t: Tracer, a: Args, out: Any) -> None:
-    """Statistics over groups of channels: exact only if every channel is its own group."""
-    labels = t.get(a["input"])
-    if labels is None:
-        return
-    channels = channels_along(t, a["input"], labels, 1, "group norm")
-    if channels is None:
-        return
-    if int(a["group"]) != channels.numel():
-        t.freeze(labels, "group norm over several channels: its statistics would change")
-        return
-    vectors = (a["weight"], a["bias"])
-    if a["weight"] is None or computed(t, *vectors):
-        t.freeze(labels, "group norm without parameters of its own")
-        return
-    for vector in vectors:
-        if isinstance(vector, Tensor):
-            t.labels.unite(t.claim(vector, 0, "out"), channels)
-    t.set(first(out), plain(labels))

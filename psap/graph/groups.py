@@ -52,7 +52,7 @@ class Graph:
         groups: everything that can be pruned.
         channels: for every side, the channel id at each position, or -1 where it is fixed.
         roles: for every side, "out" if zeros there make the channel zero, "in" if the channel is
-            read there, "state" or "slope" else.
+            read there, "cut" if it is and is not zero when it is pruned, "state" or "slope" else.
         shapes: shape of every parameter and buffer.
         calls: every use of a weight, for the cost model.
         fixed_macs: MACs of products of activations, for the whole batch.
@@ -60,6 +60,7 @@ class Graph:
         normalised: batch norm weights that follow a convolution directly, by its weight.
         affine: names of all affine parameters of batch norms.
         left_alone: the reason for every layer whose outputs cannot be pruned.
+        counted: groups whose channels a norm or a mean counts: only graph mode can prune them.
         unknown_ops: ATen ops that no rule covers, with how often they were met.
     """
 
@@ -75,6 +76,7 @@ class Graph:
     normalised: Mapping[str, tuple[str, ...]]
     affine: frozenset[str]
     left_alone: Mapping[str, str]
+    counted: frozenset[int]
     unknown_ops: Mapping[str, int]
     group_of: Ints = field(repr=False)
 
@@ -86,7 +88,7 @@ class Graph:
         )
 
 
-def trace(model: nn.Module, example_inputs: Any) -> Graph:
+def trace(model: nn.Module, example_inputs: Any, *, gated: bool = False) -> Graph:
     """Find the channel groups of a model by running it once.
 
     The model is left as it was: parameters, buffers, train flags, random state.
@@ -95,6 +97,10 @@ def trace(model: nn.Module, example_inputs: Any) -> Graph:
         model: an eager ``nn.Module`` on one device.
         example_inputs: a tensor, or a tuple of the positional inputs, on the model's device. Sizes
             other than the batch should be those of the real data.
+        gated: find only channels that zero filters, biases and affine pairs silence, and that can
+            go while every module stays what it is. That is what a `Pruner` can gate, and what
+            ``apply(mode="module")`` needs. Else also those that must be cut off where they are
+            read (after a sigmoid), and those that a layer norm counts.
 
     Returns:
         The channel graph.
@@ -106,7 +112,7 @@ def trace(model: nn.Module, example_inputs: Any) -> Graph:
     """
     model = check_model(model)
     inputs = as_inputs(example_inputs)
-    tracer = Tracer(model, RULES)
+    tracer = Tracer(model, RULES, gated=gated)
     with untouched(model):
         run(tracer, model, inputs, training=False)
         if any(name not in tracer.reached for name in tracer.parameters):
@@ -157,9 +163,16 @@ def build(model: nn.Module, inputs: tuple[Any, ...], tracer: Tracer) -> Graph:
         normalised={k: tuple(sorted(v)) for k, v in tracer.normalised.items()},
         affine=frozenset(tracer.affine),
         left_alone=_reasons(channels, roots, frozen, weights, owners, tracer),
+        counted=_counted(channel[root], group_of, tracer),
         unknown_ops=dict(tracer.unknown),
         group_of=group_of.astype(np.int64),
     )
+
+
+def _counted(channel: Ints, group_of: Ints, tracer: Tracer) -> frozenset[int]:
+    """The groups of the labels that something counts."""
+    found = [channel[labels.reshape(-1).numpy()] for _, labels in tracer.counted]
+    return frozenset(int(group_of[c]) for part in found for c in np.unique(part) if c >= 0)
 
 
 def _respect_frozen(tracer: Tracer, roots: Mapping[Side, Ints], frozen: dict[int, str]) -> None:

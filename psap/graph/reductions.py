@@ -27,10 +27,28 @@ def _mixed(t: Tracer, labels: Tensor, dims: list[int]) -> Tensor | None:
 
 
 def reduces(t: Tracer, a: Args, out: Any) -> None:
-    """Mean, maximum, variance, norm: within a channel, or over several that go together."""
+    """Maximum, variance: within a channel, or over several that go together."""
     labels = _reduce(t, a, out)
     if labels is not None:
         t.freeze(labels, "reduced over the channels")
+
+
+def means(t: Tracer, a: Args, out: Any) -> None:
+    """A mean over channels, too, if the small network divides by the number that there was."""
+    labels = _reduce(t, a, out)
+    if labels is None:
+        return
+    if t.gated:
+        t.freeze(labels, "reduced over the channels")
+        return
+    t.settle(labels)
+    t.count_channels(labels)
+    t.closed = True
+
+
+def sizes(t: Tracer, a: Args, out: Any) -> None:
+    """A norm of vectors: of positive order, it does not miss zeros."""
+    (sums if a["ord"] > 0 else reduces)(t, a, out)
 
 
 def sums(t: Tracer, a: Args, out: Any) -> None:

@@ -10,16 +10,7 @@ from typing import Any
 
 import torch
 
-from psap.graph.compute import (
-    addmm,
-    batch_norm,
-    bmm,
-    convolution,
-    group_norm,
-    layer_norm,
-    linear,
-    mm,
-)
+from psap.graph.compute import addmm, batch_norm, bmm, convolution, linear, mm
 from psap.graph.elementwise import (
     add,
     addcmul,
@@ -48,7 +39,8 @@ from psap.graph.movement import (
     shifts,
     stack,
 )
-from psap.graph.reductions import reduces, softmax, sums
+from psap.graph.norms import group_norm, layer_norm, rms_norm
+from psap.graph.reductions import means, reduces, sizes, softmax, sums
 from psap.graph.trace import Rule
 
 aten = torch.ops.aten
@@ -71,6 +63,7 @@ _table(batch_norm, "native_batch_norm", "_native_batch_norm_legit", "cudnn_batch
 _table(batch_norm, "_native_batch_norm_legit_no_training", "_batch_norm_with_update")
 _table(batch_norm, "_batch_norm_no_update", "miopen_batch_norm", "batch_norm")
 _table(layer_norm, "native_layer_norm", "layer_norm")
+_table(rms_norm, "_fused_rms_norm", "rms_norm")
 _table(group_norm, "native_group_norm")
 _table(keeps_zero, "relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "elu", "elu_", "celu")
 _table(keeps_zero, "celu_", "selu", "selu_", "gelu", "silu", "silu_", "mish", "mish_", "tanh")
@@ -106,7 +99,9 @@ _table(pools, "adaptive_max_pool2d", "adaptive_max_pool3d")
 _table(pools, "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d")
 _table(pools, "upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d")
 _table(pools, "reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d")
-_table(reduces, "mean", "amax", "amin", "var", "std", "linalg_vector_norm")
+_table(means, "mean")
+_table(sizes, "linalg_vector_norm")
+_table(reduces, "amax", "amin", "var", "std")
 _table(sums, "sum")
 _table(softmax, "_softmax", "_log_softmax", "softmax", "log_softmax")
 _table(reshapes, "view", "_unsafe_view", "reshape", "_reshape_alias", "flatten")

@@ -57,10 +57,19 @@ class View:
 
 
 class Tracer(TorchDispatchMode):
-    """What the rules read and write while the model runs."""
+    """What the rules read and write while the model runs.
 
-    def __init__(self, model: nn.Module, rules: Mapping[Any, Rule]) -> None:
+    Args:
+        model: the model.
+        rules: the table of rules.
+        gated: prune only channels that zero filters, biases and affine pairs silence, and only
+            where every module can stay what it is.
+    """
+
+    def __init__(self, model: nn.Module, rules: Mapping[Any, Rule], *, gated: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.gated = gated
+        self.counted: list[tuple[tuple[str, ...], Tensor]] = []
         self.labels = Labels()
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.along: dict[tuple[str, int], Tensor] = {}
@@ -107,7 +116,8 @@ class Tracer(TorchDispatchMode):
         Args:
             tensor: a parameter, or a permuted view of one.
             dim: dimension of ``tensor``.
-            role: "out" if zeros there make the channel zero, "in" if the channel is read there.
+            role: "out" if zeros there make the channel zero, "in" if the channel is read there,
+                "cut" if it is and is not zero when it is pruned.
         """
         view = self._views.get(tensor)
         if view is None:
@@ -121,6 +131,8 @@ class Tracer(TorchDispatchMode):
         if key not in self.along:
             self.along[key] = self.labels.new(tensor.shape[dim])
             self.roles[key] = role
+        elif {role, self.roles[key]} == {"in", "cut"}:
+            self.roles[key] = "cut"
         elif self.roles[key] != role:
             self.labels.freeze(self.along[key], f"{view.name} is read and written along one side")
         return self.along[key]
@@ -166,6 +178,20 @@ class Tracer(TorchDispatchMode):
             bad = plain(labels[labels >= TAINT])
             why = self._taints.get(int(bad.reshape(-1)[0]), "a constant")
             self.freeze(bad, f"a pruned channel would not stay zero after {why}")
+
+    def reading(self, labels: Tensor) -> str:
+        """The role of a side of a weight that reads these labels.
+
+        What does not stay zero is silent all the same if its readers have zeros there ("cut").
+        """
+        if not self.gated and labels.numel() and int(labels.max()) >= TAINT:
+            return "cut"
+        self.settle(labels)
+        return "in"
+
+    def count_channels(self, labels: Tensor) -> None:
+        """Note that the module that runs divides by the number of these channels."""
+        self.counted.append((self.where(), plain(labels)))
 
     # Who made what
 

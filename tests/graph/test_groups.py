@@ -111,7 +111,7 @@ def test_numbers_of_a_graph_add_up(name: str) -> None:
         assert channels.max(initial=-1) < start
         owners = {graph.group_of[c] for c in channels.tolist() if c >= 0}
         assert {n for n, g in enumerate(graph.groups) if (tensor, dim) in g.sides} == owners
-        assert graph.roles[tensor, dim] in ("out", "in", "state", "slope")
+        assert graph.roles[tensor, dim] in ("out", "in", "cut", "state", "slope")
     assert dict(graph.shapes) == {n: tuple(t.shape) for n, t in tensors.items()}
 
 
