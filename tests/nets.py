@@ -82,6 +82,17 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int, inputs: Any) -> float:
+    """One step towards a fixed target on inputs that the seed changes; returns the loss."""
+    optimizer.zero_grad()
+    out = model(inputs[0] + 0.1 * image(*inputs[0].shape, seed=seed))
+    target = torch.arange(out.numel(), dtype=out.dtype).sin().view_as(out)
+    loss = (out - target).square().mean()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
 def outputs(model: nn.Module, inputs: Any, training: bool) -> list[Tensor]:
     """All output tensors of a run of a copy, followed by nothing else."""
     model = copy.deepcopy(model).train(training)

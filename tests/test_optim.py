@@ -1,4 +1,4 @@
-"""Optimizers through a shrink: the small net goes on exactly as the masked dense net would."""
+"""Optimizers through a shrink: order, options, schedulers, and what is refused."""
 
 from __future__ import annotations
 
@@ -8,97 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from nets import assert_same, chain, image, randomise, snapshot
+from nets import assert_same, chain, image, randomise, snapshot, train_step
 from torch import nn
-from zoo import CASES
 
 import psap
-from psap import shrink
 
 Make = Callable[[Any], torch.optim.Optimizer]
-
-OPTIMIZERS: dict[str, Make] = {
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.002),
-    "sgd momentum": lambda p: torch.optim.SGD(p, lr=0.002, momentum=0.9, weight_decay=1e-3),
-    "sgd dampening": lambda p: torch.optim.SGD(p, lr=0.002, momentum=0.9, dampening=0.3),
-    "sgd nesterov": lambda p: torch.optim.SGD(p, lr=0.002, momentum=0.9, nesterov=True),
-    "adam": lambda p: torch.optim.Adam(p, lr=0.01),
-    "adam maximize off, foreach": lambda p: torch.optim.Adam(p, lr=0.01, foreach=True),
-    "adamw amsgrad": lambda p: torch.optim.AdamW(p, lr=0.01, amsgrad=True, weight_decay=0.1),
-    "adamw fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
-    "nadam": lambda p: torch.optim.NAdam(p, lr=0.01),
-    "radam": lambda p: torch.optim.RAdam(p, lr=0.01),
-    "adamax": lambda p: torch.optim.Adamax(p, lr=0.01),
-    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.002),
-    "adadelta": lambda p: torch.optim.Adadelta(p, lr=0.5),
-    "asgd": lambda p: torch.optim.ASGD(p, lr=0.002),
-    "rmsprop centered": lambda p: torch.optim.RMSprop(p, lr=0.01, centered=True, momentum=0.5),
-}
-
-
-def _step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int, inputs: Any) -> float:
-    optimizer.zero_grad()
-    out = model(inputs[0] + 0.1 * image(*inputs[0].shape, seed=seed))
-    target = torch.arange(out.numel(), dtype=out.dtype).sin().view_as(out)
-    loss = (out - target).square().mean()
-    loss.backward()
-    optimizer.step()
-    return loss.item()
-
-
-def _masked_training(
-    model: nn.Module, optimizer: torch.optim.Optimizer, plan: psap.Plan, inputs: Any
-) -> list[float]:
-    """Ten steps of the dense net; what was pruned is put back to zero after every step."""
-    losses = []
-    shrink.zero_(model, plan)
-    for seed in range(10):
-        losses.append(_step(model, optimizer, 100 + seed, inputs))
-        shrink.zero_(model, plan)
-    return losses
-
-
-def _twin(model: nn.Module, make: Make, optimizer: torch.optim.Optimizer) -> Any:
-    other = copy.deepcopy(model)
-    twin = make(other.parameters())
-    twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    return other, twin
-
-
-@pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
-def test_the_next_ten_losses_are_those_of_masked_training(
-    optimizer_name: str, inplace: bool
-) -> None:
-    _compare_losses("residual", OPTIMIZERS[optimizer_name], inplace)
-
-
-@pytest.mark.parametrize(
-    "name", ["depthwise, multiplier 3", "dense block", "grouped", "se, sigmoid", "conv1d",
-             "prelu, a slope per channel", "transposed", "parameter of two modules", "flatten"]
-)  # fmt: skip
-def test_the_next_ten_losses_of_every_kind_of_layer(name: str) -> None:
-    _compare_losses(name, OPTIMIZERS["adam"], True)
-
-
-def _compare_losses(name: str, make: Make, inplace: bool) -> None:
-    case = CASES[name]
-    model = randomise(case.make()).train()
-    optimizer = make(model.parameters())
-    for seed in range(4):
-        _step(model, optimizer, seed, case.inputs)
-    plan = psap.plan(psap.trace(model, case.inputs), ratio=0.5)
-    dense, twin = _twin(model, make, optimizer)
-    result = psap.apply(model, plan, optimizer=optimizer, inplace=inplace)
-    wanted = _masked_training(dense, twin, plan, case.inputs)
-    assert result.optimizer is not None
-    got = [_step(result.model, result.optimizer, 100 + seed, case.inputs) for seed in range(10)]
-    assert got == pytest.approx(wanted, rel=1e-6)
-    assert wanted[0] != wanted[-1]
-    dense_parameters = dict(dense.named_parameters())
-    for key, parameter in result.model.named_parameters():
-        expected = shrink.gather(dense_parameters[key], plan.kept().get(key, {}))
-        torch.testing.assert_close(parameter.detach(), expected, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -115,7 +30,7 @@ def test_groups_keep_order_and_options(inplace: bool) -> None:
         momentum=0.9,
         weight_decay=0.2,
     )
-    _step(model, optimizer, 0, (image(),))
+    train_step(model, optimizer, 0, (image(),))
     names = {id(p): name for name, p in model.named_parameters()}
     before = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
     options = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
@@ -137,12 +52,12 @@ def test_groups_keep_order_and_options(inplace: bool) -> None:
 def test_a_new_optimizer_leaves_the_old_one_alone() -> None:
     model = randomise(chain(8, 6)).train()
     optimizer = torch.optim.Adam(model.parameters())
-    _step(model, optimizer, 0, (image(),))
+    train_step(model, optimizer, 0, (image(),))
     before, state = snapshot(model), copy.deepcopy(optimizer.state_dict())
     plan = psap.plan(psap.trace(model, image()), ratio=0.5)
     result = psap.apply(model, plan, optimizer=optimizer)
     assert result.optimizer is not None
-    _step(result.model, result.optimizer, 1, (image(),))
+    train_step(result.model, result.optimizer, 1, (image(),))
     assert_same(before, snapshot(model))
     assert str(optimizer.state_dict()) == str(state)
     clone = torch.optim.Adam(result.model.parameters())
@@ -152,7 +67,7 @@ def test_a_new_optimizer_leaves_the_old_one_alone() -> None:
 def test_an_optimizer_of_some_of_the_parameters() -> None:
     model = randomise(chain(8, 6)).train()
     optimizer = torch.optim.Adam(model[3].parameters())
-    _step(model, optimizer, 0, (image(),))
+    train_step(model, optimizer, 0, (image(),))
     plan = psap.plan(psap.trace(model, image()), ratio=0.5)
     result = psap.apply(model, plan, optimizer=optimizer)
     assert result.optimizer is not None
@@ -166,7 +81,7 @@ def test_an_optimizer_without_state_yet() -> None:
     plan = psap.plan(psap.trace(model, image()), ratio=0.5)
     result = psap.apply(model, plan, optimizer=optimizer)
     assert result.optimizer is not None and not result.optimizer.state
-    _step(result.model, result.optimizer, 0, (image(),))
+    train_step(result.model, result.optimizer, 0, (image(),))
     assert len(result.optimizer.state) == len(list(result.model.parameters()))
 
 
@@ -183,7 +98,7 @@ def test_schedulers_of_every_sort_go_on_in_place() -> None:
     )
     rates = []
     for epoch in range(6):
-        _step(model, optimizer, epoch, (image(),))
+        train_step(model, optimizer, epoch, (image(),))
         scheduler.step()
         rates.append(optimizer.param_groups[0]["lr"])
         if epoch == 2:
@@ -203,7 +118,7 @@ def test_a_step_that_a_scheduler_wrapped_is_not_taken_over() -> None:
     assert fresh.optimizer is not None and "step" not in vars(fresh.optimizer)
     before = [p.detach().clone() for p in model.parameters()]
     first = fresh.model[0].weight.detach().clone()
-    _step(fresh.model, fresh.optimizer, 0, (image(),))
+    train_step(fresh.model, fresh.optimizer, 0, (image(),))
     assert not torch.equal(fresh.model[0].weight, first)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
@@ -229,14 +144,14 @@ class Own(torch.optim.Optimizer):
 def test_attributes_of_a_users_optimizer_are_kept() -> None:
     model = randomise(chain(8, 6)).train()
     optimizer = Own(model.parameters(), entry={"a": [1, 2]})
-    _step(model, optimizer, 0, (image(),))
+    train_step(model, optimizer, 0, (image(),))
     plan = psap.plan(psap.trace(model, image()), ratio=0.5)
     result = psap.apply(model, plan, optimizer=optimizer)
     assert isinstance(result.optimizer, Own) and result.optimizer.rate == 0.25
     result.optimizer.entry = optimizer.entry  # functions are not taken over
     state = result.optimizer.state[result.model[0].weight]
     assert (state["count"], state["extra"], state["sum"].shape) == (1, {"a": [1, 2]}, (4, 3, 3, 3))
-    _step(result.model, result.optimizer, 1, (image(),))
+    train_step(result.model, result.optimizer, 1, (image(),))
 
 
 @pytest.mark.parametrize("inplace", [False, True])
