@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -276,15 +276,17 @@ class Pruner:
 
     # The end
 
-    def finish(self, *, keep_optimizer: bool = True, inplace: bool = False) -> Result:
+    def finish(
+        self, *, keep_optimizer: bool = True, friends: Sequence[Any] = (), inplace: bool = False
+    ) -> Result:
         """Remove the pruned channels physically.
 
         If prune steps are still due, they are made up for at once, so that the target always holds.
 
         Args:
-            keep_optimizer: with False, or if it was False for the `Pruner`, the result has no
-                optimizer.
-            inplace: change the model and the optimizer that were given, instead of making new ones.
+            keep_optimizer: False, here or for the `Pruner`: the result has no optimizer.
+            friends: what else belongs to the training, as for `psap.apply`.
+            inplace: change the model, the optimizer and the friends, instead of making new ones.
 
         Returns:
             The small network, its optimizer with all state, the plan, and the record of the run.
@@ -292,7 +294,7 @@ class Pruner:
         Raises:
             ArgumentError: ``inplace`` without the optimizer.
             StateError: it was called before, or after `close`.
-            PsapError: the optimizer's state cannot be cut by channel.
+            PsapError: the optimizer's state cannot be cut by channel, or a friend not be carried.
             VerificationError: the small network would not equal the masked one; model and optimizer
                 stay usable, and `finish` may be called again.
 
@@ -319,6 +321,7 @@ class Pruner:
             self.graph.model,
             self._lineage.step(self._alive),
             optimizer=self._optimizer if keep else None,
+            friends=friends,
             check=self.config.verify,
             inplace=inplace,
         )

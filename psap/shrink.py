@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 import psap_kernels
+from psap import friends as friends_
 from psap import hazards, optim
+from psap.commit import commit
 from psap.errors import ArgumentError, ArgumentTypeError, VerificationError
 from psap.graph.inputs import as_inputs, check_model
 from psap.plans import Plan, fingerprint
@@ -33,6 +35,7 @@ class Result:
         mode: "module" or "graph", how the small network was made.
         inputs: the example inputs, for exporting.
         report: facts about the run as JSON values: verification, and the events of a `Pruner`.
+        friends: what was given as ``friends``, for the small network, in the same order.
     """
 
     model: nn.Module
@@ -41,6 +44,7 @@ class Result:
     mode: Literal["module", "graph"]
     inputs: tuple[Any, ...] | None = field(repr=False)
     report: dict[str, Any] = field(repr=False)
+    friends: tuple[Any, ...] = field(default=(), repr=False)
 
 
 def check_plan(model: nn.Module, plan: Plan) -> nn.Module:
@@ -235,6 +239,7 @@ def apply(
     plan: Plan,
     *,
     optimizer: torch.optim.Optimizer | None = None,
+    friends: Sequence[Any] = (),
     example_inputs: Any = None,
     mode: Mode = "auto",
     check: bool = True,
@@ -250,6 +255,10 @@ def apply(
         model: the dense model that the plan was made for.
         plan: what `psap.plan` returned.
         optimizer: its optimizer; momentum and all other state goes with the channels.
+        friends: what else belongs to the training: further optimizers, LR schedulers, a
+            ``GradScaler``, averaged copies (``AveragedModel``, timm's ``ModelEmaV3``, any module
+            that is or wraps a copy of the model). ``result.friends`` holds those of the small
+            network; with ``inplace`` they are the same objects.
         example_inputs: inputs for the proof; by default what the model was traced with.
         mode: "module" cuts the tensors of the user's own modules; "graph" also rewrites sizes that
             forward() fixes in Python, and gives a ``torch.fx.GraphModule``; "auto" tries the first
@@ -262,8 +271,10 @@ def apply(
         The small model, its optimizer, the plan, and the proof.
 
     Raises:
-        ArgumentError: the plan or the optimizer belongs to another model, or a value is unknown.
+        ArgumentError: the plan, the optimizer or a friend belongs to another model, or a value is
+            unknown.
         ArgumentTypeError: an argument has the wrong type.
+        PsapError: state of an optimizer cannot be cut by channel, or a friend cannot be copied.
         VerificationError: the small network differs; names the first layer that does.
 
     Warns:
@@ -278,22 +289,41 @@ def apply(
         raise ArgumentError(
             "mode='graph' makes a new module; it cannot be combined with inplace=True"
         )
-    names = {} if optimizer is None else optim.check_optimizer(optimizer, model)
+    around = friends_.sort(model, plan, optimizer, friends)
     inputs = _inputs(plan, example_inputs, model)
     mode = "module" if mode == "auto" and inplace else mode
     small, made, proof = _build(model, plan, inputs, mode, check)
-    state: dict[str, Any] = {}
-    if optimizer is not None:
-        kept = plan.kept()
-        state = optim.shrink_state(optimizer, names, lambda n, x: gather(x, kept.get(n, {})))
     report = {"verification": None if proof is None else vars(proof)}
     hazards.warn_unsafe(small)
     done = replace(plan, graph=None)  # the result must not keep the dense model alive
+    networks = [(model, small)]
+    for dense in around.copies:
+        networks.append((dense, _again(dense, plan, made, inputs)))
+    states = [optim.shrink_state(o, around.names, _gatherer(plan)) for o in around.optimizers]
     if inplace:
-        _commit(model, small, optimizer, names, state)
-        return Result(model, optimizer, done, made, inputs, report)
-    fresh = None if optimizer is None else optim.rebuild(optimizer, names, small, state)
-    return Result(small, fresh, done, made, inputs, report)
+        commit(networks, list(zip(around.optimizers, states, strict=True)), around.names)
+        return Result(model, optimizer, done, made, inputs, report, around.given)
+    fresh = [
+        optim.rebuild(o, around.names, small, state)
+        for o, state in zip(around.optimizers, states, strict=True)
+    ]
+    others = friends_.carried(around, networks, fresh)
+    first = None if optimizer is None else fresh[0]
+    return Result(small, first, done, made, inputs, report, others)
+
+
+def _again(dense: nn.Module, plan: Plan, mode: str, inputs: tuple[Any, ...] | None) -> nn.Module:
+    """The small network of a copy of the model, made in the same mode, on its own device."""
+    if mode == "module":
+        return small_copy(dense, plan)
+    device = next(dense.parameters()).device
+    moved = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, inputs or ())
+    return program(dense, plan, moved, small_copy)
+
+
+def _gatherer(plan: Plan) -> optim.Gather:
+    kept = plan.kept()
+    return lambda name, tensor: gather(tensor, kept.get(name, {}))
 
 
 def _inputs(plan: Plan, example_inputs: Any, model: nn.Module) -> tuple[Any, ...] | None:
@@ -339,65 +369,3 @@ def _build(
             left = [note for note in dict.fromkeys(notes) if note not in str(error)]
             failures.append("; ".join([f"{name} mode: {error}", *left]))
     raise VerificationError("the small network was refused. " + "; ".join(failures))
-
-
-def _commit(
-    model: nn.Module,
-    small: nn.Module,
-    optimizer: torch.optim.Optimizer | None,
-    names: Mapping[int, str],
-    state: Mapping[str, Any],
-) -> None:
-    """Move the small network into the caller's objects; put everything back on any failure."""
-    with _undoing() as undo:
-        for old, new in zip(_tensors(model).values(), _tensors(small).values(), strict=True):
-            undo.append(_restorer(old, old.data, old.grad))
-            _set(old, new.data, new.grad)
-        for module, source in zip(model.modules(), small.modules(), strict=True):
-            for key in ("in_channels", "out_channels", "groups", "num_features", "in_features"):
-                _move(module, source, key, undo)
-            for key in ("out_features", "num_parameters", "embedding_dim", "num_groups"):
-                _move(module, source, key, undo)
-            _move(module, source, "num_channels", undo)
-        if optimizer is not None:
-            before = {p: dict(entries) for p, entries in optimizer.state.items()}
-            undo.append(lambda: optimizer.state.update(before))
-            for parameter in list(optimizer.state):
-                optimizer.state[parameter] = state[names[id(parameter)]]
-
-
-def _move(module: nn.Module, source: nn.Module, key: str, undo: list[Callable[[], None]]) -> None:
-    old = module.__dict__.get(key)
-    if isinstance(old, int) and old != source.__dict__[key]:
-        undo.append(lambda: setattr(module, key, old))
-        setattr(module, key, source.__dict__[key])
-
-
-def _restorer(tensor: Tensor, data: Tensor, grad: Tensor | None) -> Callable[[], None]:
-    return lambda: _set(tensor, data, grad)
-
-
-def _set(tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
-    """Give a tensor other data of another shape.
-
-    Autograd remembers the shape of a parameter as long as any old loss is alive; it forgets it only
-    when the dtype changes.
-    """
-    tensor.grad = None
-    if tensor.requires_grad and tensor.shape != data.shape:
-        other = torch.float64 if data.dtype == torch.float32 else torch.float32
-        tensor.data = data.new_empty(0, dtype=other)
-    tensor.data = data
-    tensor.grad = grad
-
-
-@contextmanager
-def _undoing() -> Iterator[list[Callable[[], None]]]:
-    """Run what was collected, last first, if the block fails or is interrupted."""
-    undo: list[Callable[[], None]] = []
-    try:
-        yield undo
-    except BaseException:
-        for action in reversed(undo):
-            action()
-        raise

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from zoo import CASES
 
 import psap
-from psap import shrink
+from psap import commit, shrink
 
 
 @given(
@@ -244,7 +244,7 @@ def test_a_failed_commit_is_undone(
                   m.__dict__.get("in_channels")) for n, m in model.named_modules()}  # fmt: skip
     count = sum(1 for _ in [*model.parameters(), *model.buffers()])
     calls = {"set": 0, "move": 0}
-    inner_set, inner_move = shrink._set, shrink._move
+    inner_set, inner_move = commit._set, commit._move
 
     def set_(*args: Any) -> None:
         calls["set"] += 1
@@ -258,8 +258,8 @@ def test_a_failed_commit_is_undone(
         if at == "attribute" and calls["move"] == 40:
             raise error("injected")
 
-    monkeypatch.setattr(shrink, "_set", set_)
-    monkeypatch.setattr(shrink, "_move", move)
+    monkeypatch.setattr(commit, "_set", set_)
+    monkeypatch.setattr(commit, "_move", move)
     if at == "optimizer":
         optimizer.state = _refusing(optimizer.state, error)
     with pytest.raises(error, match="injected"):
