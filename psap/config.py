@@ -34,22 +34,25 @@ def _choice(owner: str, name: str, value: Any, allowed: tuple[str, ...]) -> None
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What the small network may cost, as shares of the dense network; give one or both.
+    """What the small network may cost, as shares of the dense network; give one or several.
 
     Attributes:
         macs: kept share of the multiply-accumulates, in (0, 1].
         parameters: kept share of the parameters, in (0, 1].
+        activations: kept share of the elements that convolutions and linear layers give out, a
+            measure of activation memory, in (0, 1].
 
     Raises:
-        ArgumentError: neither is given, or one is outside (0, 1].
+        ArgumentError: none is given, or one is outside (0, 1].
         ArgumentTypeError: one is not a number.
     """
 
     macs: float | None = None
     parameters: float | None = None
+    activations: float | None = None
 
     def __post_init__(self) -> None:
-        if self.macs is None and self.parameters is None:
+        if all(getattr(self, item.name) is None for item in fields(self)):
             raise ArgumentError("Target has no bound; pass macs=0.3 or parameters=0.3, for example")
         for item in fields(self):
             value = getattr(self, item.name)

@@ -163,7 +163,12 @@ def _side(body: Mapping[str, Any], reader: _Reader) -> SidePlan:
 
 
 def _cost(body: Mapping[str, Any], where: str) -> Cost:
-    return Cost(_whole(body["macs"], where), _whole(body["parameters"], where))
+    activations = body.get("activations")
+    return Cost(
+        _whole(body["macs"], where),
+        _whole(body["parameters"], where),
+        None if activations is None else _whole(activations, where),
+    )
 
 
 def _layer(body: Mapping[str, Any]) -> LayerCost:

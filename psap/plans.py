@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from psap import schedule, scores
 from psap.config import Target
-from psap.cost import Cost, CostModel, LayerCost
+from psap.cost import Budget, Cost, CostModel, LayerCost
 from psap.errors import ArgumentError, ArgumentTypeError, TargetError
 from psap.graph import Graph
 
@@ -288,7 +288,8 @@ def solve_target(
     """
     sparsity = np.array([s.sparsity for s in stats])
     ones = np.ones(len(sparsity))
-    widths = schedule.solve(sparsity, ones, 2.0, bounds, lambda w: cost.fits(w, target))
+    budget = Budget(cost, target)
+    widths = schedule.solve(sparsity, ones, 2.0, bounds, budget.fits, budget.room)
     require(cost, widths, target)
     return widths
 

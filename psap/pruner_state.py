@@ -72,10 +72,10 @@ def prune_event(lineage: Lineage, done: Pruned, **when: int) -> PruneEvent:
     after, dense = cost.cost(widths), cost.dense
     names = [g.name for g in graph.groups]
     target = done.target
-    share = target.macs if target.macs is not None else target.parameters
+    share = next(bound for bound in asdict(target).values() if bound is not None)
     return PruneEvent(
         **when,
-        target_share=float(share or 0.0),
+        target_share=float(share),
         macs_share=after.macs / max(1, dense.macs),
         parameters_share=after.parameters / max(1, dense.parameters),
         sparsity=dict(zip(names, done.sparsity.tolist(), strict=True)),
@@ -115,7 +115,7 @@ def target_at(step: int, config: Config) -> Target:
             return None
         return schedule.kept_share(step, config.prune_steps, bound, config.schedule)
 
-    return Target(macs=share(config.target.macs), parameters=share(config.target.parameters))
+    return Target(**{name: share(bound) for name, bound in asdict(config.target).items()})
 
 
 def require_progressive(ranks: Ranks, keep_optimizer: bool) -> None:
@@ -191,11 +191,18 @@ def read_state(
 
 def _same_config(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
     for key, value in mine.items():
-        if theirs.get(key) != value:
+        if _given(theirs.get(key)) != _given(value):
             raise StateError(
                 f"the state was made with another Config: {key} was {theirs.get(key)!r} and is "
                 f"{value!r}; use the same Config"
             )
+
+
+def _given(value: Any) -> Any:
+    """A setting without what is None: states may be older than a bound of a target."""
+    if isinstance(value, Mapping):
+        return {key: item for key, item in value.items() if item is not None}
+    return value
 
 
 def _read(state: Mapping[str, Any], config: Config, gates: Gates) -> PrunerState:

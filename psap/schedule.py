@@ -12,7 +12,9 @@ from psap.config import Schedule
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
 Fits = Callable[[Ints], bool]
+Room = Callable[[Ints, Ints], Bools]
 
 
 def kept_share(step: int, steps: int, target: float, schedule: Schedule) -> float:
@@ -79,8 +81,34 @@ def limits(
     return bounds
 
 
+class _Bounds:
+    """The same of many groups, as arrays int64 [groups]."""
+
+    def __init__(self, bounds: Sequence[Limits]) -> None:
+        self.sizes = np.array([b.size for b in bounds], dtype=np.int64)
+        self.most = np.array([b.most for b in bounds], dtype=np.int64)
+        self.quanta = np.array([b.quantum for b in bounds], dtype=np.int64)
+        self.least = -(-np.array([b.floor for b in bounds], dtype=np.int64) // self.quanta)
+
+    def nearest(self, widths: Floats) -> Ints:
+        """The allowed widths that are nearest."""
+        steps = np.floor(widths / self.quanta + 0.5).astype(np.int64)
+        found: Ints = np.minimum(self.most, np.maximum(steps, self.least) * self.quanta)
+        return found
+
+    def above(self, widths: Ints) -> Ints:
+        """The next larger allowed widths."""
+        found: Ints = np.minimum(self.most, (widths // self.quanta + 1) * self.quanta)
+        return found
+
+
 def solve(
-    sparsity: Floats, factors: Floats, power: float, bounds: Sequence[Limits], fits: Fits
+    sparsity: Floats,
+    factors: Floats,
+    power: float,
+    bounds: Sequence[Limits],
+    fits: Fits,
+    room: Room | None = None,
 ) -> Ints:
     """The widths of equation (3): ratios ``kappa * factor * sparsity**power`` that just fit.
 
@@ -93,48 +121,76 @@ def solve(
         power: exponent of the sparsity ratio.
         bounds: bounds per group.
         fits: whether widths keep the budget; must not turn false when widths shrink.
+        room: for every group whether its wider width alone keeps the budget; for many groups.
 
     Returns:
         Widths int64 [groups]. If even the floors do not fit, the floors.
     """
-    sizes = np.array([b.size for b in bounds], dtype=np.int64)
-    most = np.array([b.most for b in bounds], dtype=np.int64)
-    if not len(bounds) or fits(most):
-        return most
+    limit = _Bounds(bounds)
+    if not len(bounds) or fits(limit.most):
+        return limit.most
     weight = np.nan_to_num(sparsity, nan=1.0) ** power
     if not weight.any() or np.ptp(weight) == 0:
         weight = np.ones_like(weight)
     weight = weight * factors
 
     def widths(kappa: float) -> Ints:
-        kept = sizes * (1 - np.minimum(1.0, kappa * weight))
-        return np.array([b.nearest(k) for b, k in zip(bounds, kept, strict=True)], dtype=np.int64)
+        return limit.nearest(limit.sizes * (1 - np.minimum(1.0, kappa * weight)))
 
-    low, high = 0.0, 1e4
+    low, high, wide, found = 0.0, 1e4, limit.most, widths(1e4)
     for _ in range(60):
         middle = (low + high) / 2
-        if fits(widths(middle)):
-            high = middle
+        between = widths(middle)
+        if np.array_equal(between, found) or (not np.array_equal(between, wide) and fits(between)):
+            high, found = middle, between
         else:
-            low = middle
-    found = widths(high)
+            low, wide = middle, between
     if not fits(found):
-        found = np.array([b.nearest(b.floor) for b in bounds], dtype=np.int64)
+        found = limit.nearest(np.zeros(len(bounds)))
         if not fits(found):
             return found
-    return _fill(found, np.argsort(sparsity, kind="stable"), bounds, fits)
+    return _fill(found, np.argsort(sparsity, kind="stable"), limit, fits, room)
 
 
-def _fill(widths: Ints, order: NDArray[np.int64], bounds: Sequence[Limits], fits: Fits) -> Ints:
-    """Spend what is left of the budget, one quantum at a time, least sparse group first."""
-    open_ = [int(g) for g in order]
-    while open_:
-        still = []
-        for g in open_:
-            larger = widths.copy()
-            larger[g] = bounds[g].above(int(widths[g]))
-            if larger[g] > widths[g] and fits(larger):
-                widths = larger
-                still.append(g)
-        open_ = still
+def _fill(
+    widths: Ints, order: NDArray[np.intp], limit: _Bounds, fits: Fits, room: Room | None
+) -> Ints:
+    """Spend what is left of the budget, one quantum at a time, least sparse group first.
+
+    The groups that can go at once, because all of them fit together, are found by bisection; a
+    group that does not fit once never will, since the others only grow.
+    """
+    widths, turn = widths.copy(), order
+    while turn.size:
+        waiting, served = turn, []
+        while waiting.size:
+            wider = limit.above(widths)
+            possible = wider > widths
+            if room is not None:
+                possible &= room(widths, wider)
+            waiting = waiting[possible[waiting]]
+            count = _prefix(widths, wider, waiting, fits)
+            widths[waiting[:count]] = wider[waiting[:count]]
+            served.append(waiting[:count])
+            waiting = waiting[count + 1 :]
+        turn = np.concatenate(served) if served else order[:0]
     return widths
+
+
+def _prefix(widths: Ints, wider: Ints, groups: NDArray[np.intp], fits: Fits) -> int:
+    """How many of the groups can be widened together, from the first on."""
+
+    def fit(count: int) -> bool:
+        trial = widths.copy()
+        trial[groups[:count]] = wider[groups[:count]]
+        return fits(trial)
+
+    some, step = 0, 1
+    while some + step <= groups.size and fit(some + step):
+        some += step
+        step *= 2
+    while step > 1:
+        step //= 2
+        if some + step <= groups.size and fit(some + step):
+            some += step
+    return some

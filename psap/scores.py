@@ -77,10 +77,10 @@ def measure(
     values, counts = power.double().cpu().numpy(), stats.below_tau.cpu().numpy()
     dead = (std == 0).cpu().numpy()
     row = {name: index for index, name in enumerate(names)}
-    result = []
+    offsets, result = stats.offsets, []
     for group in graph.groups:
         rows = [row[name] for name in group.producers]
-        result.append(_group(group, rows, weights, owners, stats.offsets, values, counts, dead))
+        result.append(_group(group, rows, weights, owners, offsets, values, counts, dead))
     return result
 
 

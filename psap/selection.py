@@ -8,7 +8,7 @@ import numpy as np
 
 from psap import plans, schedule, scores
 from psap.config import Config, Target
-from psap.cost import CostModel
+from psap.cost import Budget, CostModel
 from psap.errors import TargetError
 from psap.gates import Bools, Floats
 from psap.graph import Graph
@@ -49,9 +49,8 @@ def widths(
     streams = np.array([len(g.producers) > 1 for g in graph.groups])
     factors = np.where(streams, config.stream_factor, 1.0)
     ratios = sparsity if config.adapt == "sparsity" else np.ones_like(sparsity)
-    return schedule.solve(
-        ratios, factors, config.sparsity_power, limits, lambda w: cost.fits(w, target)
-    )
+    budget = Budget(cost, target)
+    return schedule.solve(ratios, factors, config.sparsity_power, limits, budget.fits, budget.room)
 
 
 def strongest(

@@ -13,17 +13,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from zoo import CASES
 
 import psap
-from psap.cost import CostModel
+from psap.cost import Budget, Cost, CostModel
 
 aten = torch.ops.aten
 
 
 class Counter(TorchDispatchMode):
-    """Counts the multiply-accumulates of convolutions and products as they are executed."""
+    """Counts multiply-accumulates, and what layers with weights give out, as they are executed."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.macs = 0
+        tensors = [*model.parameters(), *model.buffers()]
+        self.weights = {t.untyped_storage().data_ptr() for t in tensors}
+        self.macs = self.activations = 0
+
+    def given(self, out: Tensor, weight: Tensor) -> None:
+        """Count the outputs of a layer whose weight is not computed."""
+        if weight.untyped_storage().data_ptr() in self.weights and weight.dim() > 1:
+            self.activations += out.numel()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -34,18 +41,22 @@ class Counter(TorchDispatchMode):
             x, weight, transposed = args[0], args[1], args[6]
             per_position = weight[0].numel()
             self.macs += (x if transposed else out).numel() * per_position
+            self.given(out, weight)
         elif op in (aten.mm, aten.bmm):
             self.macs += out.numel() * args[0].shape[-1]
+            self.given(out, args[1])
         elif op is aten.addmm:
             self.macs += out.numel() * args[1].shape[-1]
+            self.given(out, args[2])
         return out
 
 
-def _count(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[int, int]:
-    counter = Counter()
+def _count(model: nn.Module, inputs: tuple[Tensor, ...]) -> Cost:
+    counter = Counter(model)
     with torch.no_grad(), counter:
         model.eval()(*inputs)
-    return counter.macs // inputs[0].shape[0], sum(p.numel() for p in model.parameters())
+    batch, parameters = inputs[0].shape[0], sum(p.numel() for p in model.parameters())
+    return Cost(counter.macs // batch, parameters, counter.activations // batch)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "auxiliary head"])
@@ -54,7 +65,7 @@ def test_against_a_count(name: str) -> None:
     model = randomise(case.make())
     graph = psap.trace(model, case.inputs)
     cost = CostModel(graph)
-    assert (cost.dense.macs, cost.dense.parameters) == _count(model, case.inputs)
+    assert cost.dense == _count(model, case.inputs)
     rng = np.random.default_rng(len(name))
     for _ in range(2):
         ratios = {group.name: float(rng.uniform(0, 0.9)) for group in graph.groups}
@@ -65,7 +76,7 @@ def test_against_a_count(name: str) -> None:
             small = psap.apply(model, plan).model
         except psap.VerificationError:
             continue  # halves of a chunk that differ
-        assert (plan.after.macs, plan.after.parameters) == _count(small, case.inputs)
+        assert plan.after == _count(small, case.inputs)
         tensors = [*small.named_parameters(), *small.named_buffers()]  # also fixed filters
         shapes = {name: tuple(p.shape) for name, p in tensors}
         for _, layer in plan.layers:
@@ -93,6 +104,25 @@ def test_any_group_order_and_every_width() -> None:
     assert layers["head.2.weight"] == (5, last)
 
 
+@pytest.mark.parametrize("name", ["residual", "dense block", "grouped", "chunk", "tied decoder"])
+def test_what_one_group_changes(name: str) -> None:
+    """All groups in one pass against one group after the other; the same for what fits."""
+    case = CASES[name]
+    cost = CostModel(psap.trace(randomise(case.make()), case.inputs))
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        widths = rng.integers(1, cost.sizes + 1)
+        others = rng.integers(0, cost.sizes + 1)
+        found = cost.changes(widths, others)
+        budget = Budget(cost, psap.Target(macs=0.5, activations=0.6))
+        room = budget.room(widths, others)
+        for group in range(len(widths)):
+            alone = np.where(np.arange(len(widths)) == group, others, widths)
+            wanted = cost.totals(alone) - cost.totals(widths)
+            assert found[:, group] == pytest.approx(wanted, abs=1e-6)
+            assert room[group] == budget.fits(alone)
+
+
 def test_large_layers_are_counted_exactly() -> None:
     model = nn.Sequential(nn.Linear(4000, 3001), nn.Linear(3001, 7))
     cost = CostModel(psap.trace(model, torch.zeros(2, 4000)))
@@ -108,6 +138,8 @@ def test_large_layers_are_counted_exactly() -> None:
         (psap.Target(parameters=1.0), True),
         (psap.Target(parameters=0.999), False),
         (psap.Target(macs=1.0, parameters=0.999), False),
+        (psap.Target(activations=1.0), True),
+        (psap.Target(activations=0.999), False),
     ],
 )
 def test_fits(target: psap.Target, fits: bool) -> None:

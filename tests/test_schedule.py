@@ -55,6 +55,37 @@ def test_budget_floors_and_quanta(problem, power: float) -> None:  # type: ignor
 
 
 @given(problems())
+def test_leftovers_go_to_one_group_after_the_other(problem) -> None:  # type: ignore[no-untyped-def]
+    """Many groups at once are served exactly as they would be in turn, with and without room."""
+    sparsity, _, bounds, prices, share = problem
+    limit = schedule._Bounds(bounds)
+    budget = share * float(prices @ limit.sizes)
+
+    def fits(widths: np.ndarray) -> bool:
+        return float(prices @ widths) <= budget
+
+    def room(widths: np.ndarray, wider: np.ndarray) -> np.ndarray:
+        return float(prices @ widths) + prices * (wider - widths) <= budget
+
+    floors = limit.nearest(np.zeros(len(bounds)))
+    order = np.argsort(sparsity, kind="stable")
+    wanted, turn = floors.copy(), [int(g) for g in order] if fits(floors) else []
+    while turn:
+        served = []
+        for g in turn:
+            larger = wanted.copy()
+            larger[g] = bounds[g].above(int(wanted[g]))
+            if larger[g] > wanted[g] and fits(larger):
+                wanted = larger
+                served.append(g)
+        turn = served
+    if fits(floors):
+        for known in (None, room):
+            found = schedule._fill(floors, order, limit, fits, known)
+            assert found.tolist() == wanted.tolist()
+
+
+@given(problems())
 def test_everything_stays_if_it_fits(problem) -> None:  # type: ignore[no-untyped-def]
     sparsity, factors, bounds, _, _ = problem
     widths = schedule.solve(sparsity, factors, 1.0, bounds, lambda _: True)
@@ -128,3 +159,26 @@ def test_the_kept_share_falls_from_one_to_the_target(kind) -> None:  # type: ign
     steps = np.diff([1.0, *shares])
     assert (np.diff(steps) > 0).all() if kind == "cubic" else np.allclose(steps, -0.07)
     assert schedule.kept_share(5, 10, 0.3, "cubic") == pytest.approx(1 - 0.7 * (1 - 0.5**3))
+
+
+def test_many_groups_take_few_evaluations() -> None:
+    count = 10_000
+    rng = np.random.default_rng(0)
+    prices, sparsity = rng.integers(1, 1000, count), rng.uniform(0, 1, count)
+    bounds = schedule.limits(rng.integers(8, 512, count).tolist(), 1.0, 1, 8)
+    budget = 0.3 * float(prices @ [b.size for b in bounds])
+    asked = 0
+
+    def fits(widths: np.ndarray) -> bool:
+        nonlocal asked
+        asked += 1
+        return float(prices @ widths) <= budget
+
+    def room(widths: np.ndarray, wider: np.ndarray) -> np.ndarray:
+        nonlocal asked
+        asked += 1
+        return float(prices @ widths) + prices * (wider - widths) <= budget
+
+    widths = schedule.solve(sparsity, np.ones(count), 2.0, bounds, fits, room)
+    assert 0.999 * budget < float(prices @ widths) <= budget
+    assert asked < 150

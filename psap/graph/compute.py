@@ -34,7 +34,7 @@ def convolution(t: Tracer, a: Args, out: Tensor) -> None:
         freeze_all(t, "the weight of a convolution is computed in forward", x)
         t.fixed_macs += float(positions * weight.numel()) if t.counting else 0
         return
-    t.count(view.name, float(positions))
+    t.count(view.name, float(positions), float(out.numel()))
     reads, gives = (0, 1) if a["transposed"] else (1, 0)
     if groups > 1:
         labels = (_grouped_back if a["transposed"] else _grouped)(t, x, weight, groups)
@@ -110,7 +110,7 @@ def _product(t: Tracer, x: Tensor, weight: Tensor, bias: Any, out: Tensor) -> No
     elif isinstance(bias, Tensor):
         t.freeze(labels, "a bias that is computed in forward")
         freeze_all(t, "added inside a matrix product", bias)
-    t.count(view.name, out.numel() / out.shape[-1])
+    t.count(view.name, out.numel() / out.shape[-1], float(out.numel()))
     t.made_by(out, view.name)
     t.set(out, labels)
 

@@ -36,10 +36,12 @@ class Call:
         weight: name of the parameter.
         positions: output positions per weight element, summed over the batch; the call costs
             ``positions * weight.numel()`` MACs.
+        outputs: elements that it gives out, for the whole batch.
     """
 
     weight: str
     positions: float
+    outputs: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,9 +205,11 @@ class Tracer(TorchDispatchMode):
         """The weight of the convolution that a tensor comes straight from."""
         return self._origin.get(tensor)
 
-    def count(self, weight: str, positions: float) -> None:
-        """Count the MACs of one call; those of train mode alone cost nothing."""
-        self.calls.append(Call(weight, positions if self.counting else 0.0))
+    def count(self, weight: str, positions: float, outputs: float) -> None:
+        """Count what one call costs; those of train mode alone cost nothing."""
+        self.calls.append(
+            Call(weight, positions, outputs) if self.counting else Call(weight, 0.0, 0.0)
+        )
 
     # The dispatcher
 
