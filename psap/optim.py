@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MethodType
 from typing import Any
 
@@ -15,8 +15,8 @@ from torch.utils.hooks import RemovableHandle
 
 from psap.errors import ArgumentError, ArgumentTypeError, PsapError, StateError
 
-Gather = Callable[[str, Tensor], Tensor]
-"""Takes the name of a parameter and a tensor of its shape; returns the kept part of the tensor."""
+Gather = Callable[[Sequence[str], Sequence[Tensor]], Sequence[Tensor]]
+"""Takes names of parameters and a tensor of the shape of each; returns their kept parts."""
 
 _WAYS_OUT = (
     "use an optimizer whose state has the shapes of the parameters, such as SGD or AdamW; or go "
@@ -69,9 +69,15 @@ def shrink_state(
     """
     _own_attributes(optimizer)
     result: dict[str, Any] = {}
+    places: list[tuple[str, str]] = []
     for parameter, state in optimizer.state.items():
         name = names[id(parameter)]
-        result[name] = {k: _entry(name, k, v, parameter, gather) for k, v in state.items()}
+        result[name] = {k: _entry(name, k, v, parameter) for k, v in state.items()}
+        places += [(name, k) for k, v in result[name].items() if v is None and state[k] is not None]
+    owners = {names[id(p)]: state for p, state in optimizer.state.items()}
+    cut = gather([name for name, _ in places], [owners[name][key] for name, key in places])
+    for (name, key), part in zip(places, cut, strict=True):
+        result[name][key] = part
     return result
 
 
@@ -82,10 +88,11 @@ def check_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         ArgumentError: the optimizer also trains another model.
         PsapError: it will not.
     """
-    shrink_state(optimizer, check_optimizer(optimizer, model), lambda _, tensor: tensor)
+    shrink_state(optimizer, check_optimizer(optimizer, model), lambda _, tensors: tensors)
 
 
-def _entry(name: str, key: str, value: Any, parameter: Tensor, gather: Gather) -> Any:
+def _entry(name: str, key: str, value: Any, parameter: Tensor) -> Any:
+    """A copy of what does not shrink; None for a tensor of the parameter's shape, which does."""
     if not isinstance(value, Tensor):
         if any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
             raise PsapError(
@@ -94,7 +101,7 @@ def _entry(name: str, key: str, value: Any, parameter: Tensor, gather: Gather) -
             )
         return copy.deepcopy(value)
     if value.shape == parameter.shape:
-        return gather(name, value)
+        return None
     if value.numel() == 1:
         return value.clone()
     raise PsapError(

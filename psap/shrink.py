@@ -178,24 +178,23 @@ def small_copy(model: nn.Module, plan: Plan) -> nn.Module:
     kept = plan.kept()
     tensors = _tensors(model)
     sides = [kept.get(name, {}) for name in tensors]
-    parts = gather_all(list(tensors.values()), sides)
+    grads = [(at, t.grad) for at, t in enumerate(tensors.values()) if t.grad is not None]
+    parts = gather_all(
+        [*tensors.values(), *(grad for _, grad in grads)], [*sides, *(sides[at] for at, _ in grads)]
+    )
     memo: dict[int, Any] = {
-        id(tensor): _small(tensor, part, side)
-        for tensor, part, side in zip(tensors.values(), parts, sides, strict=True)
+        id(tensor): nn.Parameter(part, tensor.requires_grad)
+        if isinstance(tensor, nn.Parameter)
+        else part
+        for tensor, part in zip(tensors.values(), parts, strict=False)
     }
+    names = list(tensors)
+    for (at, _), part in zip(grads, parts[len(tensors) :], strict=True):
+        memo[id(tensors[names[at]])].grad = part
     small = copied(model, memo)
     for module in small.modules():
         _refit(module)
     return small
-
-
-def _small(tensor: Tensor, data: Tensor, kept: Mapping[int, tuple[int, ...]]) -> Tensor:
-    if not isinstance(tensor, nn.Parameter):
-        return data
-    parameter = nn.Parameter(data, requires_grad=tensor.requires_grad)
-    if tensor.grad is not None:
-        parameter.grad = gather(tensor.grad, kept)
-    return parameter
 
 
 def _refit(module: nn.Module) -> None:
@@ -323,7 +322,7 @@ def _again(dense: nn.Module, plan: Plan, mode: str, inputs: tuple[Any, ...] | No
 
 def _gatherer(plan: Plan) -> optim.Gather:
     kept = plan.kept()
-    return lambda name, tensor: gather(tensor, kept.get(name, {}))
+    return lambda names, tensors: gather_all(tensors, [kept.get(name, {}) for name in names])
 
 
 def _inputs(plan: Plan, example_inputs: Any, model: nn.Module) -> tuple[Any, ...] | None:
