@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from benchmarks import coverage, digits, gpu, overhead, plot, registry, roofline, rows
+from benchmarks import accuracy, coverage, digits, gpu, overhead, plot, registry, roofline, rows
 from benchmarks import histogram as histogram
 from benchmarks import host as host
 from benchmarks import shrink as shrink
@@ -48,6 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
         "roofline": roofline.run,
         "digits": digits.run,
         "coverage": coverage.run,
+        "accuracy": accuracy.run,
         "gpu": gpu.run,
         "gpu-ready": gpu.require,
         "sanitize": gpu.sanitize,

@@ -1,0 +1,33 @@
+"""Pruning methods on one training loop and one cost model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from benchmarks.methods import oneshot, peers, soft
+from benchmarks.methods.ours import Psap
+from benchmarks.methods.task import Method, Task
+
+__all__ = ["METHODS", "Method", "Task"]
+
+METHODS: dict[str, Callable[[], Method]] = {
+    "dense": Method,
+    "random": partial(oneshot.OneShot, oneshot.draw),
+    "l1": partial(oneshot.OneShot, oneshot.l1),
+    "l2-global": partial(oneshot.OneShot, oneshot.norms, oneshot.ranked),
+    "fpgm": partial(oneshot.OneShot, oneshot.median),
+    "taylor": partial(oneshot.OneShot, oneshot.taylor, oneshot.ranked),
+    "slimming": oneshot.Slimming,
+    "sfp": soft.SoftFilters,
+    "asfp": partial(soft.SoftFilters, asymptotic=True),
+    "tp-magnitude": partial(peers.TorchPruning, "magnitude"),
+    "tp-magnitude-iterative": partial(peers.TorchPruning, "magnitude", times=5),
+    "tp-group-norm": partial(peers.TorchPruning, "group-norm"),
+    "psap": Psap,
+    "psap-uniform": partial(Psap, adapt="uniform"),
+    "psap-pulse": partial(Psap, protect="pulse"),
+    "psap-zero": partial(Psap, protect="none"),
+    "psap-foreign": soft.AdaptiveFilters,
+}
+"""By name; "dense" prunes nothing. What the names mean is in docs/benchmarks.md."""

@@ -1,0 +1,68 @@
+"""What the methods of `benchmarks.accuracy` share: data, network, budgets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What all methods of a comparison share.
+
+    Attributes:
+        data: a name of `psap.data`.
+        network: a name of `psap.models`, or ``package.module:factory``.
+        start: fresh weights, or a dense network trained before.
+        images: training images per epoch; None for all.
+        val_share: share of the training images that is held out for validation.
+        epochs: of the run that prunes, fine-tuning included.
+        pretrain: epochs of the dense network before, where ``start`` is "pretrained" and the
+            weights do not come from a file.
+        batch: images per step.
+        lr: peak learning rate; cosine to 0.
+        prune: shares of the run between which pruning happens.
+    """
+
+    data: Literal["digits", "cifar10", "imagefolder"] = "digits"
+    network: str = "digits_resnet"
+    start: Literal["scratch", "pretrained"] = "pretrained"
+    images: int | None = None
+    val_share: float = 0.1
+    epochs: int = 30
+    pretrain: int = 30
+    batch: int = 64
+    lr: float = 0.05
+    prune: tuple[float, float] = (0.0, 0.5)
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """The faster one that is safe."""
+        return torch.contiguous_format if self.data == "digits" else torch.channels_last
+
+
+SETTINGS = {
+    "digits-pretrained": Setting(val_share=0.2, epochs=10),
+    "digits-scratch": Setting(start="scratch", val_share=0.2, epochs=15, prune=(0.1, 0.6)),
+    "cifar-short": Setting(data="cifar10", network="resnet20", images=5000, epochs=2, lr=0.02),
+    "cifar-long": Setting(
+        data="cifar10", network="resnet20", images=25000, epochs=4, batch=128, lr=0.05
+    ),
+    "cifar-scratch": Setting(
+        data="cifar10", network="resnet20", start="scratch", images=25000, epochs=8, batch=128,
+        lr=0.1, prune=(0.1, 0.6),
+    ),
+    "cifar56": Setting(
+        data="cifar10", network="resnet56", epochs=4, batch=128, lr=0.05
+    ),
+    "imagefolder": Setting(
+        data="imagefolder", network="torchvision.models:resnet50", epochs=40, batch=256, lr=0.1
+    ),
+}  # fmt: skip
+SUITES = {
+    "digits": ("digits-pretrained", "digits-scratch"),
+    **{name: (name,) for name in SETTINGS if not name.startswith("digits")},
+}
+"""The settings of each suite."""
