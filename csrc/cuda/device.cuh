@@ -40,6 +40,39 @@ __device__ __forceinline__ T warp_sum(T value) {
   return value;
 }
 
+// Sums eight values over a warp with 9 exchanges instead of 40: in each of the first three steps a
+// lane gives half of its values away and keeps the others. Returns the sum number lane / 4.
+__device__ __forceinline__ double warp_sum8(double (&v)[8], int lane) {
+#pragma unroll
+  for (int keep = 4; keep > 0; keep /= 2) {
+    const bool upper = lane & (4 * keep);
+#pragma unroll
+    for (int i = 0; i < keep; i++) {
+      const double kept = upper ? v[i + keep] : v[i];
+      const double given = upper ? v[i] : v[i + keep];
+      v[i] = kept + __shfl_xor_sync(kAllLanes, given, 4 * keep);
+    }
+  }
+  v[0] += __shfl_xor_sync(kAllLanes, v[0], 2);
+  return v[0] + __shfl_xor_sync(kAllLanes, v[0], 1);
+}
+
+// True, in every thread, in the block that takes the last of `count` tickets: it sees what the
+// others wrote before they took theirs (read it with __ldcg). The ticket is zero again then, as the
+// next launch on this stream wants it. All threads of a block call it.
+__device__ __forceinline__ bool last_ticket(unsigned int* ticket, unsigned int count) {
+  PSAP_SHARED(bool, last);
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    last = atomicAdd(ticket, 1u) == count - 1;
+    if (last) *ticket = 0;
+  }
+  __syncthreads();
+  if (last) __threadfence();
+  return last;
+}
+
 // One dtype: T as it is stored, V as it is computed with.
 struct LoadFloat32 {
   using T = float;
@@ -107,7 +140,7 @@ PSAP_HD inline unsigned misalignment(const void* p) {
 }
 
 // Strides of up to four dimensions that could not be merged, outermost first; sizes of unused ones
-// are 1. `dense` says that there is but one run of stride 1.
+// are 1. What is one run of stride 1 needs none.
 struct Strided {
   int32_t size[4];
   int64_t a[4], b[4];

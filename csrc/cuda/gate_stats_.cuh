@@ -3,8 +3,7 @@
 // bytes a term; reads 16 bytes a channel and writes 32. Where all rows are short (affine pairs of
 // norms), a few lanes have a channel, one for each term; else a warp has one, and multiplies long
 // rows together, 16 bytes a lane. Every block adds to the running sums at once, and keeps what they
-// were; should one derivative not be finite, the last block to finish puts all of them back. It
-// resets ticket and flag.
+// were; should one derivative not be finite, the last block to finish puts all of them back.
 #pragma once
 
 #include "table.cuh"
@@ -20,8 +19,8 @@ struct GateJob {
   const void* value;
   const void* grad;
   int64_t values, grads, value_stride, grad_stride, length;
-  int32_t dtype, dense;
-  Strided inner;
+  int32_t dtype;
+  int32_t layout;  // -1: dense rows
 };
 
 struct GateOutput {
@@ -38,8 +37,8 @@ struct GateOutput {
 
 // The part of lane `me` of `lanes` in a product of two rows. Its order is a function of shapes,
 // strides and alignment.
-__device__ __forceinline__ double dot_range(const GateJob& job, int64_t i, int64_t j, int me,
-                                            int lanes) {
+__device__ __forceinline__ double dot_range(const GateJob& job, const Strided* layout, int64_t i,
+                                            int64_t j, int me, int lanes) {
   double sum = 0;
   with_dtype(job.dtype, [&](auto load) {
     using L = decltype(load);
@@ -50,7 +49,7 @@ __device__ __forceinline__ double dot_range(const GateJob& job, int64_t i, int64
       sum += static_cast<double>(L::value(a)) * static_cast<double>(L::value(b));
     };
     int64_t done = 0;
-    if (lanes == kWarp && job.dense && misalignment(v) == misalignment(g)) {
+    if (lanes == kWarp && !layout && misalignment(v) == misalignment(g)) {
       constexpr int kSize = Vector<T>::kSize;
       int64_t head = (16 - misalignment(v)) % 16 / sizeof(T);
       if (head > job.length) head = job.length;
@@ -66,7 +65,7 @@ __device__ __forceinline__ double dot_range(const GateJob& job, int64_t i, int64
     }
     for (int64_t k = done + me; k < job.length; k += lanes) {
       int64_t a = k, b = k;
-      if (!job.dense) job.inner.offsets(k, &a, &b);
+      if (layout) layout->offsets(k, &a, &b);
       add(v[a], g[b]);
     }
   });
@@ -82,7 +81,7 @@ struct Term {
     const int32_t* term = out.terms + 3 * t;
     pair = __ldg(term), i = __ldg(term + 1), j = __ldg(term + 2);
     if (pair < 0 || pair >= table.count) __trap();
-    const GateJob& job = table.jobs()[pair];
+    const GateJob& job = jobs_of(table)[pair];
     if (i < 0 || i >= job.values || j < 0 || j >= job.grads) __trap();
   }
 };
@@ -96,14 +95,18 @@ __device__ __forceinline__ double add_terms(const Table& table, const GateOutput
   for (int64_t t = begin; t < end; t += lanes) {
     const bool there = t + me < end;
     const Term term(table, out, there ? t + me : begin);
-    const bool is_long = lanes == kWarp && table.jobs()[term.pair].length > kShortRow;
-    if (there && !is_long) sum += dot_range(table.jobs()[term.pair], term.i, term.j, 0, 1);
+    const GateJob& job = jobs_of(table)[term.pair];
+    const bool is_long = lanes == kWarp && job.length > kShortRow;
+    if (there && !is_long) {
+      sum += dot_range(job, layout_of(table, job.layout), term.i, term.j, 0, 1);
+    }
     if (lanes != kWarp) continue;
     for (unsigned todo = __ballot_sync(kAllLanes, there && is_long); todo; todo &= todo - 1) {
       const int from = __ffs(todo) - 1;
-      const GateJob& theirs = table.jobs()[__shfl_sync(kAllLanes, term.pair, from)];
+      const GateJob& theirs = jobs_of(table)[__shfl_sync(kAllLanes, term.pair, from)];
       const int32_t i = __shfl_sync(kAllLanes, term.i, from);
-      sum += dot_range(theirs, i, __shfl_sync(kAllLanes, term.j, from), me, kWarp);
+      const int32_t j = __shfl_sync(kAllLanes, term.j, from);
+      sum += dot_range(theirs, layout_of(table, theirs.layout), i, j, me, kWarp);
     }
   }
   return sum;
@@ -123,7 +126,6 @@ __device__ __forceinline__ void observe(const GateOutput& out, int64_t channel, 
 template <class Table>
 __global__ void __launch_bounds__(kGateThreads, 8)
     gate_kernel(PSAP_GRID_CONSTANT const Table table, const GateOutput out) {
-  PSAP_SHARED(bool, last);
   const int lanes = 1 << out.lane_bits, me = threadIdx.x & (lanes - 1);
   const int64_t channel =
       (static_cast<int64_t>(blockIdx.x) * kGateThreads + threadIdx.x) >> out.lane_bits;
@@ -137,17 +139,8 @@ __global__ void __launch_bounds__(kGateThreads, 8)
     sum = add_terms(table, out, begin, end, me, lanes);
   }
   for (int step = lanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
-  if (there && me == 0) {
-    observe(out, channel, sum * out.scale);
-    __threadfence();
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    last = atomicAdd(out.ticket, 1u) == gridDim.x - 1;
-    __threadfence();
-  }
-  __syncthreads();
-  if (!last) return;
+  if (there && me == 0) observe(out, channel, sum * out.scale);
+  if (!last_ticket(out.ticket, gridDim.x)) return;
   const bool finite = atomicOr(out.ticket + 1, 0u) == 0;
 #pragma unroll 1
   for (int64_t at = threadIdx.x; !finite && at < 2 * out.channels; at += kGateThreads) {
@@ -156,11 +149,11 @@ __global__ void __launch_bounds__(kGateThreads, 8)
   __syncthreads();
   if (threadIdx.x == 0) {
     out.seen[finite ? 0 : 1] += 1;
-    out.ticket[0] = out.ticket[1] = 0;
+    out.ticket[1] = 0;
   }
 }
 
-inline GateJob plan_gate(const View& value, const View& grad) {
+inline void plan_gate(Plan<GateJob>& plan, const View& value, const View& grad) {
   GateJob job{};
   job.value = value.data;
   job.grad = grad.data;
@@ -169,13 +162,15 @@ inline GateJob plan_gate(const View& value, const View& grad) {
   job.value_stride = value.strides[0];
   job.grad_stride = grad.strides[0];
   job.dtype = value.dtype;
-  job.dense = describe_inner(value, grad, 1, job.inner, job.length);
-  return job;
+  const PairLayout row = merged(value, grad, 1);
+  job.length = row.count();
+  job.layout = row.dense() ? -1 : plan.add_layout(describe(row));
+  plan.jobs.push_back(job);  // terms name them, blocks do not
 }
 
 // A warp for a channel if there are long rows, else a lane for each of its terms on average.
-inline int32_t gate_lane_bits(const std::vector<GateJob>& jobs, int64_t channels, int64_t terms) {
-  for (const GateJob& job : jobs) {
+inline int32_t gate_lane_bits(const Plan<GateJob>& plan, int64_t channels, int64_t terms) {
+  for (const GateJob& job : plan.jobs) {
     if (job.length > kShortRow) return kWarpBits;
   }
   int32_t bits = 0;

@@ -1,4 +1,4 @@
-// The host side of every CUDA op: device, stream, scratch that stays, tables in device memory.
+// The host side of every CUDA op: device, stream, counters that stay, tables in device memory.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,10 +7,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <cstring>
 #include <list>
 #include <map>
-#include <memory>
 #include <mutex>
 #include <vector>
 
@@ -36,11 +34,31 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, Sc
   return torch::stable::new_empty(like, std::vector<int64_t>(sizes), dtype);
 }
 
-// Allocates and fills device memory at once, whatever the streams of PyTorch are doing: by a stream
-// of its own, and in a mode in which a capture that is under way neither notices nor minds.
+// Arguments of a kernel beyond 4 KB: drivers of CUDA 12.1 take them, older ones of CUDA 12 do not.
+inline bool large_arguments() {
+  static const bool supported = [] {
+    int version = 0;
+    return cudaDriverGetVersion(&version) == cudaSuccess && version >= 12010;
+  }();
+  return supported;
+}
+
+// While this lives, what would break a capture that is under way in the process is let through: it
+// has nothing to do with it.
+class RelaxedCapture {
+ public:
+  RelaxedCapture() { check_cuda(cudaThreadExchangeStreamCaptureMode(&mode_), "capture"); }
+  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+// Allocates and fills device memory at once, by a stream of its own. `data` is null: zeros.
 inline void* device_memory(const void* data, size_t bytes) {
-  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-  check_cuda(cudaThreadExchangeStreamCaptureMode(&mode), "memory");
+  const RelaxedCapture relaxed;
   void* made = nullptr;
   cudaStream_t stream = nullptr;
   cudaError_t status = cudaMalloc(&made, bytes);
@@ -51,47 +69,46 @@ inline void* device_memory(const void* data, size_t bytes) {
   }
   if (status == cudaSuccess) status = cudaStreamSynchronize(stream);
   if (stream) cudaStreamDestroy(stream);
-  check_cuda(cudaThreadExchangeStreamCaptureMode(&mode), "memory");
   check_cuda(status, "memory");
   return made;
 }
 
 // What a stream keeps between calls: counters that kernels leave at zero, and tables of metadata by
-// content. A call that is captured shares nothing: the graph may run whenever it likes, and what it
-// uses stays alive for good.
+// content. A graph may run whenever it likes, beside anything: a call that is captured gets
+// counters of its own, and all that it uses stays for good. Whoever calls this holds `mutex`, until
+// what uses the result has been launched: then a table that is given up is in use by nothing but
+// the stream.
 class StreamState {
  public:
+  std::mutex mutex;
+
   unsigned int* counters(int64_t count, bool captured) {
-    const std::lock_guard<std::mutex> lock(mutex_);
     if (captured) {
       return static_cast<unsigned int*>(device_memory(nullptr, count * sizeof(unsigned int)));
     }
     if (count > capacity_) {
-      capacity_ = std::max<int64_t>(count, 4096);
       // Work that is under way may still count in the old ones, so they are left alone.
-      counters_ =
-          static_cast<unsigned int*>(device_memory(nullptr, capacity_ * sizeof(unsigned int)));
+      const int64_t wanted = std::max<int64_t>({count, 2 * capacity_, 4096});
+      counters_ = static_cast<unsigned int*>(device_memory(nullptr, wanted * sizeof(unsigned int)));
+      capacity_ = wanted;
     }
     return counters_;
   }
 
   // A copy of `bytes` in device memory; the same content is sent only once.
-  const void* table(const void* data, size_t bytes, cudaStream_t stream, bool captured) {
-    if (captured) return device_memory(data, bytes);
-    const std::lock_guard<std::mutex> lock(mutex_);
-    for (const Table& table : tables_) {
-      if (table.host.size() == bytes && std::memcmp(table.host.data(), data, bytes) == 0) {
-        return table.device;
-      }
+  const void* table(const std::vector<char>& bytes, cudaStream_t stream, bool captured) {
+    std::list<Table>& tables = captured ? of_graphs_ : tables_;
+    for (const Table& table : tables) {
+      if (table.host == bytes) return table.device;
     }
-    if (tables_.size() >= kKept) {
+    if (!captured && tables.size() >= kKept) {
+      const RelaxedCapture relaxed;
       check_cuda(cudaStreamSynchronize(stream), "table");  // it may be in use
-      cudaFree(tables_.back().device);
-      tables_.pop_back();
+      check_cuda(cudaFree(tables.back().device), "table");
+      tables.pop_back();
     }
-    const char* content = static_cast<const char*>(data);
-    tables_.push_front({{content, content + bytes}, device_memory(data, bytes)});
-    return tables_.front().device;
+    tables.push_front({bytes, device_memory(bytes.data(), bytes.size())});
+    return tables.front().device;
   }
 
  private:
@@ -100,26 +117,45 @@ class StreamState {
     void* device;
   };
   static constexpr size_t kKept = 8;
-  std::mutex mutex_;
-  std::list<Table> tables_;
+  std::list<Table> tables_, of_graphs_;
   unsigned int* counters_ = nullptr;
   int64_t capacity_ = 0;
 };
 
-// The device of a call: makes it current, and knows its stream.
+// The device of a call, which it makes current, and its stream.
 class Call {
  public:
-  explicit Call(const Tensor& like)
-      : device_(like.get_device()), guard_(device_), stream_(current_stream(device_)) {}
+  Call(const Tensor& like, const char* op)
+      : device_(device_of(like, op)), guard_(device_), stream_(current_stream(device_)) {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    check_cuda(cudaStreamIsCapturing(stream_, &status), op);
+    captured_ = status != cudaStreamCaptureStatusNone;
+  }
 
   cudaStream_t stream() const { return stream_; }
 
-  unsigned int* counters(int64_t count) const { return state().counters(count, captured()); }
+  void require(const Tensor& x, const char* op) const {
+    STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == device_, op,
+                    ": all tensors must be on one CUDA device");
+  }
 
-  bool captured() const {
-    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-    check_cuda(cudaStreamIsCapturing(stream_, &status), "capture");
-    return status != cudaStreamCaptureStatusNone;
+  // Calls launch(table, counters): `count` counters, zero now and afterwards.
+  template <class Job, class Launch>
+  void launch(const char* op, const Plan<Job>& plan, int64_t count, const Launch& launch) const {
+    StreamState& kept = state();
+    const std::lock_guard<std::mutex> lock(kept.mutex);
+    unsigned int* counters = count ? kept.counters(count, captured_) : nullptr;
+    with_table(
+        plan, large_arguments(),
+        [&](const std::vector<char>& bytes) { return kept.table(bytes, stream_, captured_); },
+        [&](const auto& table) { launch(table, counters); });
+    check_cuda(cudaGetLastError(), op);
+  }
+
+ private:
+  static int32_t device_of(const Tensor& x, const char* op) {
+    STD_TORCH_CHECK(x.is_cuda(), op, ": all tensors must be on one CUDA device");
+    return x.get_device_index();
   }
 
   StreamState& state() const {
@@ -129,27 +165,10 @@ class Call {
     return states[{device_, stream_}];
   }
 
-  void require(const Tensor& x, const char* op) const {
-    STD_TORCH_CHECK(x.is_cuda() && x.get_device() == device_, op,
-                    ": all tensors must be on one CUDA device");
-  }
-
-  static void launched(const char* op) { check_cuda(cudaGetLastError(), op); }
-
-  template <class Job, class Launch>
-  void with(const std::vector<Job>& jobs, const Launch& launch) const {
-    with_table(
-        jobs,
-        [&](const Job* data, size_t bytes) {
-          return state().table(data, bytes, stream_, captured());
-        },
-        launch);
-  }
-
- private:
   int32_t device_;
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_;
+  bool captured_ = false;
 };
 
 inline int32_t dtype_number(const Tensor& x, const char* op) {
@@ -174,10 +193,25 @@ inline View view(const Tensor& x, int32_t dtype) {
 }
 inline View bytes_of(const Tensor& x) { return view(x, static_cast<int32_t>(x.element_size())); }
 
+// The same to write to: memory that it shares with a lazy copy becomes its own.
+inline View written_bytes_of(const Tensor& x) {
+  View bytes = bytes_of(x);
+  bytes.data = x.mutable_data_ptr();
+  return bytes;
+}
+
 inline bool same_rows(const Tensor& a, const Tensor& b) {
   bool same = a.dim() == b.dim() && a.dim() >= 1;
   for (int64_t d = 1; same && d < a.dim(); d++) same = a.size(d) == b.size(d);
   return same;
+}
+
+// Contiguous copies of two tensors that kernels cannot read together as they are, from dimension
+// `skip` on: they have too many strides, or gaps and 2^31 elements.
+inline void make_readable(Tensor& a, Tensor& b, int skip, int most = 4) {
+  if (readable(merged(view(a, 0), view(b, 0), skip), most)) return;
+  a = torch::stable::contiguous(a);
+  b = torch::stable::contiguous(b);
 }
 
 }  // namespace psap

@@ -1,7 +1,6 @@
 #include <tuple>
 
 #include "host.h"
-#include "input_sums.cuh"
 #include "layer_stats.cuh"
 
 namespace psap {
@@ -15,69 +14,54 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_stats(const std::vector
   STD_TORCH_CHECK(grads.empty() || grads.size() == weights.size(), op,
                   ": as many grads as weights are wanted, or none");
   STD_TORCH_CHECK(!grads.empty() || n == 0 || !per_input, op, ": per_input needs grads");
-  const Call call(tau);
-  call.require(tau, op);
+  const Call call(tau, op);
   STD_TORCH_CHECK(tau.scalar_type() == ScalarType::Float && tau.dim() == 1 && tau.size(0) == n, op,
                   ": tau must be float32 [L], one value for each weight");
-  std::vector<StatsJob> jobs;
-  std::vector<InputJob> input_jobs;
-  int64_t filters = 0, inputs = 0;
+  StatsPlan work;
+  std::vector<Tensor> ws, gs;  // they hold copies until the launch
   for (int64_t l = 0; l < n; l++) {
-    const Tensor& w = weights[l];
+    Tensor w = weights[l];
     call.require(w, op);
     STD_TORCH_CHECK(w.dim() >= 1, op, ": weights must be [O, ...]");
-    const View view_w = view(w, dtype_number(w, op));
-    View view_g = view_w;
-    if (!grads.empty()) {
-      const Tensor& g = grads[l];
-      call.require(g, op);
-      STD_TORCH_CHECK(
-          same_rows(w, g) && w.size(0) == g.size(0) && w.scalar_type() == g.scalar_type(), op,
-          ": a gradient differs from its weight in dtype or shape");
-      view_g = view(g, view_w.dtype);
-    }
-    jobs.push_back(plan_stats(view_w, grads.empty() ? nullptr : &view_g, l, filters));
-    if (per_input && w.dim() > 1) {
-      input_jobs.push_back(plan_inputs(view_w, view_g, inputs));
-      inputs += w.size(1);
-    }
-    filters += w.size(0);
+    Tensor g = grads.empty() ? w : grads[l];
+    call.require(g, op);
+    STD_TORCH_CHECK(same_rows(w, g) && w.size(0) == g.size(0) && w.scalar_type() == g.scalar_type(),
+                    op, ": a gradient differs from its weight in dtype or shape");
+    make_readable(w, g, 1);
+    if (per_input) make_readable(w, g, 2, 3);
+    const int32_t dtype = dtype_number(w, op);
+    const View view_g = view(g, dtype);
+    work.add(view(w, dtype), grads.empty() ? nullptr : &view_g);
+    ws.push_back(w);
+    gs.push_back(g);
   }
-  const int64_t blocks = number_blocks(jobs);
-  const int64_t input_blocks = number_blocks(input_jobs);
-  const Tensor filter_sums = empty(tau, {kFilterSums, filters}, ScalarType::Float);
-  const Tensor filter_counts = empty(tau, {kCounts, filters}, ScalarType::Int);
+  for (int64_t l = 0; per_input && l < n; l++) {
+    const int32_t dtype = dtype_number(ws[l], op);
+    if (ws[l].dim() > 1) work.add_inputs(view(ws[l], dtype), view(gs[l], dtype));
+  }
+  const Tensor filter_sums = empty(tau, {kFilterSums, work.filters}, ScalarType::Float);
+  const Tensor filter_counts = empty(tau, {kCounts, work.filters}, ScalarType::Int);
   const Tensor layer_sums = empty(tau, {n, kLayerSums}, ScalarType::Double);
   const Tensor layer_counts = empty(tau, {n, kCounts}, ScalarType::Long);
-  const Tensor input_sums = empty(tau, {inputs}, ScalarType::Float);
-  const Tensor partial = empty(tau, {blocks, kTotals}, ScalarType::Double);
-  if (blocks) {
-    const StatsOutput out{tau.const_data_ptr<float>(),
-                          filter_sums.mutable_data_ptr<float>(),
-                          filter_counts.mutable_data_ptr<int32_t>(),
-                          layer_sums.mutable_data_ptr<double>(),
-                          layer_counts.mutable_data_ptr<int64_t>(),
-                          partial.mutable_data_ptr<double>(),
-                          call.counters(n),
-                          filters,
-                          tau.stride(0)};
-    call.with(jobs, [&](const auto& table) {
-      using Table = std::decay_t<decltype(table)>;
-      if (grads.empty()) {
-        PSAP_LAUNCH((stats_kernel<Table, false>), blocks, kStatsThreads, call.stream(), table, out);
-      } else {
-        PSAP_LAUNCH((stats_kernel<Table, true>), blocks, kStatsThreads, call.stream(), table, out);
-      }
+  const Tensor input_sums = empty(tau, {work.inputs}, ScalarType::Float);
+  const Tensor partial = empty(tau, {work.partials(), kTotals}, ScalarType::Double);
+  if (n > 0) {
+    StatsOutput out{tau.const_data_ptr<float>(),
+                    filter_sums.mutable_data_ptr<float>(),
+                    filter_counts.mutable_data_ptr<int32_t>(),
+                    layer_sums.mutable_data_ptr<double>(),
+                    layer_counts.mutable_data_ptr<int64_t>(),
+                    input_sums.mutable_data_ptr<float>(),
+                    partial.mutable_data_ptr<double>(),
+                    nullptr,
+                    work.filters,
+                    tau.stride(0),
+                    work.layers,
+                    work.blocks};
+    call.launch(op, work.plan, work.tickets(), [&](const auto& table, unsigned int* tickets) {
+      out.ticket = tickets;
+      launch_stats(!grads.empty(), per_input, table, out, work.plan.blocks, call.stream());
     });
-    Call::launched(op);
-  }
-  if (input_blocks) {
-    float* out = input_sums.mutable_data_ptr<float>();
-    call.with(input_jobs, [&](const auto& table) {
-      using Table = std::decay_t<decltype(table)>;
-      PSAP_LAUNCH((input_kernel<Table>), input_blocks, kInputThreads, call.stream(), table, out);
-    });
-    Call::launched(op);
   }
   return {filter_sums, filter_counts, layer_sums, layer_counts, input_sums};
 }

@@ -5,22 +5,19 @@
 namespace psap {
 namespace {
 
-void launch_rows(const Call& call, std::vector<RowJob>& jobs, const char* op) {
-  const int64_t blocks = number_blocks(jobs);
-  if (blocks == 0) return;
-  call.with(jobs, [&](const auto& table) {
+void launch_rows(const Call& call, const Plan<RowJob>& plan, const char* op) {
+  if (plan.blocks == 0) return;
+  call.launch(op, plan, 0, [&](const auto& table, unsigned int*) {
     using Table = std::decay_t<decltype(table)>;
-    PSAP_LAUNCH((row_kernel<Table>), blocks, kRowThreads, call.stream(), table);
+    PSAP_LAUNCH((row_kernel<Table>), plan.blocks, kRowThreads, call.stream(), table);
   });
-  Call::launched(op);
 }
 
 void zero_filters_(const std::vector<Tensor>& tensors, const std::vector<Tensor>& keep) {
   constexpr const char* op = "zero_filters_";
   STD_TORCH_CHECK(tensors.size() == keep.size(), op, ": as many keep masks as tensors are wanted");
   if (tensors.empty()) return;
-  const Call call(tensors[0]);
-  std::vector<RowJob> jobs;
+  const Call call(tensors[0], op);
   for (size_t t = 0; t < tensors.size(); t++) {
     const Tensor& x = tensors[t];
     const Tensor& mask = keep[t];
@@ -31,10 +28,13 @@ void zero_filters_(const std::vector<Tensor>& tensors, const std::vector<Tensor>
     STD_TORCH_CHECK(
         mask.scalar_type() == ScalarType::Bool && mask.dim() == 1 && mask.size(0) == x.size(0), op,
         ": keep must be bool [O], one value for each filter");
-    jobs.push_back(
-        plan_rows(bytes_of(x), nullptr, mask.const_data_ptr(), mask.stride(0), mask.size(0)));
   }
-  launch_rows(call, jobs, op);
+  Plan<RowJob> plan;
+  for (size_t t = 0; t < tensors.size(); t++) {
+    plan_rows(plan, written_bytes_of(tensors[t]), nullptr, keep[t].const_data_ptr(),
+              keep[t].stride(0), keep[t].size(0));
+  }
+  launch_rows(call, plan, op);
 }
 
 // A device list cannot be checked without waiting for it: an index out of range traps, and of a row
@@ -45,8 +45,7 @@ void restore_filters_(const std::vector<Tensor>& tensors, const std::vector<Tens
   STD_TORCH_CHECK(tensors.size() == rows.size() && tensors.size() == saved.size(), op,
                   ": as many rows and saved tensors as tensors are wanted");
   if (tensors.empty()) return;
-  const Call call(tensors[0]);
-  std::vector<RowJob> jobs;
+  const Call call(tensors[0], op);
   for (size_t t = 0; t < tensors.size(); t++) {
     const Tensor& x = tensors[t];
     for (const Tensor* each : {&x, &rows[t], &saved[t]}) call.require(*each, op);
@@ -56,11 +55,14 @@ void restore_filters_(const std::vector<Tensor>& tensors, const std::vector<Tens
     STD_TORCH_CHECK(same_rows(x, saved[t]) && saved[t].scalar_type() == x.scalar_type() &&
                         saved[t].size(0) == rows[t].size(0),
                     op, ": saved must be [len(rows), ...] like the tensor's rows");
-    const View from = bytes_of(saved[t]);
-    jobs.push_back(plan_rows(bytes_of(x), &from, rows[t].const_data_ptr(), rows[t].stride(0),
-                             rows[t].size(0)));
   }
-  launch_rows(call, jobs, op);
+  Plan<RowJob> plan;
+  for (size_t t = 0; t < tensors.size(); t++) {
+    const View from = bytes_of(saved[t]);
+    plan_rows(plan, written_bytes_of(tensors[t]), &from, rows[t].const_data_ptr(),
+              rows[t].stride(0), rows[t].size(0));
+  }
+  launch_rows(call, plan, op);
 }
 
 }  // namespace

@@ -21,12 +21,12 @@ struct RowJob {
   int64_t size;                                 // rows of the tensor
   int64_t to_stride, from_stride, list_stride;  // the first two in bytes
   int64_t length;                               // words of a row
-  int64_t first_block, blocks;
-  uint32_t pieces;    // blocks of a row
-  int32_t team_bits;  // 2^team_bits threads have a row
-  int32_t word;       // bytes: 1, 2, 4, 8 or 16
-  uint32_t part;      // words of an element where those of a row have gaps, else 0
-  Strided inner;      // in words; a: to, b: from
+  uint32_t pieces;                              // blocks of a row
+  int32_t team_bits;                            // 2^team_bits threads have a row
+  int32_t first_block;
+  int32_t word;    // bytes: 1, 2, 4, 8 or 16
+  uint32_t part;   // words of an element where those of a row have gaps, else 0
+  int32_t layout;  // of the elements of a row with gaps, in words; a: to, b: from
 };
 
 // Copies (or clears, where from is null) `count` words that lie together.
@@ -55,7 +55,7 @@ __device__ __forceinline__ void move_dense(W* to, const W* from, int64_t count, 
 }
 
 template <class W>
-__device__ __forceinline__ void move_row(const RowJob& job, uint32_t block) {
+__device__ __forceinline__ void move_row(const RowJob& job, const Strided* layout, uint32_t block) {
   const int team = 1 << job.team_bits, me = threadIdx.x & (team - 1);
   const uint32_t unit = block / job.pieces;
   const int64_t at = (static_cast<int64_t>(unit) * kRowThreads + threadIdx.x) >> job.team_bits;
@@ -79,7 +79,7 @@ __device__ __forceinline__ void move_row(const RowJob& job, uint32_t block) {
   for (int64_t i = begin + me; i < end; i += team) {
     const uint32_t word = static_cast<uint32_t>(i), element = word / job.part;
     int64_t a, b;
-    job.inner.offsets(element, &a, &b);
+    layout->offsets(element, &a, &b);
     const uint32_t rest = word - element * job.part;
     to[a + rest] = from ? __ldg(from + b + rest) : W{};
   }
@@ -88,25 +88,26 @@ __device__ __forceinline__ void move_row(const RowJob& job, uint32_t block) {
 template <class Table>
 __global__ void __launch_bounds__(kRowThreads) row_kernel(PSAP_GRID_CONSTANT const Table table) {
   // A copy: what lies in memory would be read anew after every store.
-  const RowJob job = table.jobs()[find_job(table, blockIdx.x)];
+  const RowJob job = jobs_of(table)[find_job(table, blockIdx.x)];
+  const Strided* layout = layout_of(table, job.layout);
   const uint32_t block = static_cast<uint32_t>(blockIdx.x - job.first_block);
   switch (job.word) {
     case 1:
-      return move_row<uint8_t>(job, block);
+      return move_row<uint8_t>(job, layout, block);
     case 2:
-      return move_row<uint16_t>(job, block);
+      return move_row<uint16_t>(job, layout, block);
     case 4:
-      return move_row<uint32_t>(job, block);
+      return move_row<uint32_t>(job, layout, block);
     case 8:
-      return move_row<uint2>(job, block);
+      return move_row<uint2>(job, layout, block);
     default:
-      return move_row<uint4>(job, block);
+      return move_row<uint4>(job, layout, block);
   }
 }
 
 // `saved` is null for zero_filters_; View::dtype is the size of an element here.
-inline RowJob plan_rows(const View& x, const View* saved, const void* list, int64_t list_stride,
-                        int64_t count) {
+inline void plan_rows(Plan<RowJob>& plan, const View& x, const View* saved, const void* list,
+                      int64_t list_stride, int64_t count) {
   RowJob job{};
   const int64_t element = x.dtype;
   job.to = static_cast<char*>(const_cast<void*>(x.data));
@@ -122,23 +123,27 @@ inline RowJob plan_rows(const View& x, const View* saved, const void* list, int6
   job.to_stride = job.size > 1 ? x.strides[0] * element : 0;
   job.from_stride = saved && count > 1 ? saved->strides[0] * element : 0;
   job.list_stride = list_stride;
-  const bool dense = describe_inner(x, saved ? *saved : x, 1, job.inner, job.length);
-  const int64_t bytes = job.length * element;
+  const PairLayout inner = merged(x, saved ? *saved : x, 1);
+  const bool dense = inner.dense();
+  const int64_t bytes = inner.count() * element;
+  if (bytes == 0) return;
   job.word = widest_word({reinterpret_cast<int64_t>(job.to), reinterpret_cast<int64_t>(job.from),
                           dense ? bytes : element, job.to_stride, job.from_stride});
   job.length = bytes / job.word;
+  job.layout = -1;
   if (!dense) {
     job.part = static_cast<uint32_t>(element / job.word);
     if (job.length > INT32_MAX) throw std::runtime_error("rows with gaps are too long");
-    for (int64_t& stride : job.inner.a) stride *= job.part;
-    for (int64_t& stride : job.inner.b) stride *= job.part;
+    Strided layout = describe(inner);
+    for (int64_t& stride : layout.a) stride *= job.part;
+    for (int64_t& stride : layout.b) stride *= job.part;
+    job.layout = plan.add_layout(layout);
   }
   const int64_t each = dense ? 16 : job.word;  // bytes that a thread moves at a time
   while (1 << job.team_bits < kRowThreads && (each << job.team_bits) < bytes) job.team_bits++;
   job.pieces = static_cast<uint32_t>((bytes + kRowPiece - 1) / kRowPiece);
   const int64_t together = kRowThreads >> job.team_bits;
-  job.blocks = (count + together - 1) / together * job.pieces;
-  return job;
+  plan.add(job, (count + together - 1) / together * job.pieces);
 }
 
 }  // namespace psap

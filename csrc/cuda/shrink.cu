@@ -21,8 +21,8 @@ std::vector<Tensor> shrink(const std::vector<Tensor>& tensors, const std::vector
                   ": one keep_dim0 and one keep_dim1 for each tensor are wanted");
   std::vector<Tensor> outputs;
   if (tensors.empty()) return outputs;
-  const Call call(tensors[0]);
-  std::vector<ShrinkJob> jobs;
+  const Call call(tensors[0], op);
+  Plan<ShrinkJob> plan;
   for (size_t t = 0; t < tensors.size(); t++) {
     Tensor x = tensors[t];
     call.require(x, op);
@@ -31,16 +31,14 @@ std::vector<Tensor> shrink(const std::vector<Tensor>& tensors, const std::vector
     const KeepList second = x.dim() > 1 ? keep_list(call, keep_dim1[t]) : KeepList{nullptr, 1, 1};
     const OutputShape shape(x, first.count, second.count);
     outputs.push_back(shape.empty(x, x.get_device()));
-    plan_shrink(jobs, bytes_of(x), bytes_of(outputs.back()), first,
+    plan_shrink(plan, bytes_of(x), written_bytes_of(outputs.back()), first,
                 x.dim() > 1 ? &second : nullptr);
   }
-  const int64_t blocks = number_blocks(jobs);
-  if (blocks) {
-    call.with(jobs, [&](const auto& table) {
+  if (plan.blocks > 0) {
+    call.launch(op, plan, 0, [&](const auto& table, unsigned int*) {
       using Table = std::decay_t<decltype(table)>;
-      PSAP_LAUNCH((shrink_kernel<Table>), blocks, kShrinkThreads, call.stream(), table);
+      PSAP_LAUNCH((shrink_kernel<Table>), plan.blocks, kShrinkThreads, call.stream(), table);
     });
-    Call::launched(op);
   }
   return outputs;
 }

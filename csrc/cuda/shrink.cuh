@@ -24,13 +24,13 @@ struct ShrinkJob {
   int64_t keep0_stride, keep1_stride;
   int64_t rows, size0, size1;
   int64_t from_row, from_group, from_cell, to_row;
-  int64_t first_block, blocks;
   uint32_t words, kept1, groups;  // of a cell; cells of a group; groups of a row
   uint32_t group_words, row_words;
   uint32_t pieces, together;  // blocks of a row, or rows of a block; the other one is 1
   uint32_t part;              // words of an element where those of a cell have gaps, else 0
   int32_t word;               // bytes: 1, 2, 4, 8 or 16
-  Strided inner;              // b: where the elements of a cell with gaps lie, in words
+  int32_t layout;             // b: where the elements of a cell with gaps lie, in words
+  int32_t first_block;
 };
 
 __device__ __forceinline__ const char* source_row(const ShrinkJob& job, int64_t row, bool* bad) {
@@ -81,8 +81,8 @@ struct Cursor {
 
 // As below, where the elements of a cell have gaps: a word at a time. Divides a lot; rare.
 template <class W>
-__device__ __forceinline__ void shrink_gaps(const ShrinkJob& job, int64_t first, uint32_t begin,
-                                            uint32_t count) {
+__device__ __forceinline__ void shrink_gaps(const ShrinkJob& job, const Strided& layout,
+                                            int64_t first, uint32_t begin, uint32_t count) {
   W* out = reinterpret_cast<W*>(job.to + first * job.to_row) + begin;
   for (uint32_t i = threadIdx.x; i < count; i += kShrinkThreads) {
     bool bad = false;
@@ -91,7 +91,7 @@ __device__ __forceinline__ void shrink_gaps(const ShrinkJob& job, int64_t first,
     if (bad) __trap();
     const uint32_t element = cursor.within / job.part;
     int64_t unused, at;
-    job.inner.offsets(element, &unused, &at);
+    layout.offsets(element, &unused, &at);
     out[i] = __ldg(cell + at + (cursor.within - element * job.part));
   }
 }
@@ -138,7 +138,8 @@ __device__ __forceinline__ void shrink_words(const ShrinkJob& job, int64_t first
 }
 
 template <class W>
-__device__ __forceinline__ void shrink_block(const ShrinkJob& job, uint32_t block) {
+__device__ __forceinline__ void shrink_block(const ShrinkJob& job, const Strided* layout,
+                                             uint32_t block) {
   constexpr uint32_t kStep = kShrinkPiece / sizeof(W);
   const uint32_t unit = block / job.pieces;
   const int64_t first = static_cast<int64_t>(unit) * job.together, rows = job.rows - first;
@@ -148,7 +149,7 @@ __device__ __forceinline__ void shrink_block(const ShrinkJob& job, uint32_t bloc
   if (job.together > 1) {
     count = job.row_words * (rows < job.together ? static_cast<uint32_t>(rows) : job.together);
   }
-  if (job.part) return shrink_gaps<W>(job, first, begin, count);
+  if (job.part) return shrink_gaps<W>(job, *layout, first, begin, count);
   if (job.together > 1) return shrink_words<W, true>(job, first, 0, count);
   shrink_words<W, false>(job, first, begin, count);
 }
@@ -157,19 +158,20 @@ template <class Table>
 __global__ void __launch_bounds__(kShrinkThreads)
     shrink_kernel(PSAP_GRID_CONSTANT const Table table) {
   // A copy: what lies in memory would be read anew after every store.
-  const ShrinkJob job = table.jobs()[find_job(table, blockIdx.x)];
+  const ShrinkJob job = jobs_of(table)[find_job(table, blockIdx.x)];
+  const Strided* layout = layout_of(table, job.layout);
   const uint32_t block = static_cast<uint32_t>(blockIdx.x - job.first_block);
   switch (job.word) {
     case 1:
-      return shrink_block<uint8_t>(job, block);
+      return shrink_block<uint8_t>(job, layout, block);
     case 2:
-      return shrink_block<uint16_t>(job, block);
+      return shrink_block<uint16_t>(job, layout, block);
     case 4:
-      return shrink_block<uint32_t>(job, block);
+      return shrink_block<uint32_t>(job, layout, block);
     case 8:
-      return shrink_block<uint2>(job, block);
+      return shrink_block<uint2>(job, layout, block);
     default:
-      return shrink_block<uint4>(job, block);
+      return shrink_block<uint4>(job, layout, block);
   }
 }
 
@@ -188,21 +190,20 @@ inline ShrinkJob cells_of(ShrinkJob job, int64_t begin, int64_t count) {
   return job;
 }
 
-inline void add_shrink(std::vector<ShrinkJob>& jobs, ShrinkJob job) {
+inline void add_shrink(Plan<ShrinkJob>& plan, ShrinkJob job) {
   job.group_words = job.kept1 * job.words;
   job.row_words = job.groups * job.group_words;
   const uint32_t step = static_cast<uint32_t>(kShrinkPiece / job.word);
   const bool whole = job.to_row == static_cast<int64_t>(job.row_words) * job.word;
   job.together = whole && job.row_words ? std::max(1u, step / job.row_words) : 1;
   job.pieces = (job.row_words + step - 1) / step;
-  job.blocks = (job.rows + job.together - 1) / job.together * job.pieces;
-  jobs.push_back(job);
+  plan.add(job, (job.rows + job.together - 1) / job.together * job.pieces);
 }
 
 // x and out share the dimensions from 2 on; keep1 is null where there are none from 1 on; out is
 // contiguous, or channels_last where x is. Adds one job, and more where a row has more than `limit`
 // words: indices within a row have 32 bits.
-inline void plan_shrink(std::vector<ShrinkJob>& jobs, const View& x, const View& out,
+inline void plan_shrink(Plan<ShrinkJob>& plan, const View& x, const View& out,
                         const KeepList& keep0, const KeepList* keep1, int64_t limit = kShrinkRow) {
   ShrinkJob job{};
   const int64_t element = x.dtype;
@@ -217,29 +218,32 @@ inline void plan_shrink(std::vector<ShrinkJob>& jobs, const View& x, const View&
   job.size0 = x.sizes[0];
   job.size1 = wide ? x.sizes[1] : 1;
   const int64_t kept = wide ? out.sizes[1] : 1;
-  int64_t length;
-  const bool dense = describe_inner(out, x, 2, job.inner, length);
+  const PairLayout kernel = merged(out, x, 2);
+  const int64_t length = kernel.count();
   if (job.rows == 0 || kept == 0 || length == 0) return;
   // A stride of a dimension of size 1 may be anything.
   job.from_row = job.size0 > 1 ? x.strides[0] * element : 0;
   job.from_cell = job.size1 > 1 ? x.strides[1] * element : 0;
   job.to_row = kept * length * element;
   // channels_last: the cells of one place of the kernel follow each other, then come those of the
-  // next place. All places make one dimension, which describe_inner has put last.
+  // next place. All places make one dimension, the last one.
   const bool channels_last = wide && out.strides[1] == 1 && length > 1;
   int64_t cell = element, run = element;
   if (channels_last) {
-    job.from_group = job.inner.b[3] * element;
+    job.from_group = kernel.dim(kernel.dims() - 1).b * element;
   } else {
     cell = length * element;
-    run = dense ? cell : element;
+    run = kernel.dense() ? cell : element;
   }
   job.groups = static_cast<uint32_t>(channels_last ? length : 1);
   job.word = widest_word({reinterpret_cast<int64_t>(x.data), reinterpret_cast<int64_t>(out.data),
                           run, job.from_row, job.from_group, job.from_cell, job.to_row});
+  job.layout = -1;
   if (run != cell) {
     job.part = static_cast<uint32_t>(element / job.word);
-    for (int64_t& stride : job.inner.b) stride *= job.part;
+    Strided layout = describe(kernel);
+    for (int64_t& stride : layout.b) stride *= job.part;
+    job.layout = plan.add_layout(layout);
   }
   const int64_t words = cell / job.word, row_words = job.to_row / job.word;
   if (words > limit || (channels_last && row_words > limit)) {
@@ -248,7 +252,7 @@ inline void plan_shrink(std::vector<ShrinkJob>& jobs, const View& x, const View&
   job.words = static_cast<uint32_t>(words);
   const int64_t most = channels_last ? kept : limit / words;
   for (int64_t begin = 0; begin < kept; begin += most) {
-    add_shrink(jobs, cells_of(job, begin, std::min(most, kept - begin)));
+    add_shrink(plan, cells_of(job, begin, std::min(most, kept - begin)));
   }
 }
 

@@ -28,14 +28,13 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 FLAGS = ("-std=c++17", "-O3", "--expt-relaxed-constexpr", "-cubin", "-Xptxas", "-v")
 # Every kernel: its file, what its table holds, and its further template arguments.
 KERNELS = {
-    "stats_kernel": ("layer_stats", "StatsJob", ("true", "false")),
-    "input_kernel": ("input_sums", "InputJob", ()),
+    "stats_kernel": ("layer_stats", "StatsJob", ("false, false", "true, false", "true, true")),
     "histogram_kernel": ("abs_histogram", "HistogramJob", ()),
     "row_kernel": ("rows", "RowJob", ()),
     "shrink_kernel": ("shrink", "ShrinkJob", ()),
     "gate_kernel": ("gate_stats_", "GateJob", ()),
 }
-TABLES = ("ByValue<{0}, kFew<{0}>>", "ByValue<{0}, kMany<{0}>>", "ByPointer<{0}>")
+TABLES = ("ByValue<{0}, kFewBytes>", "ByValue<{0}, kManyBytes>", "ByPointer<{0}>")
 
 
 @dataclass(frozen=True)
@@ -128,23 +127,24 @@ def build(architecture: str) -> tuple[str, str]:
     return (folder / "ptxas.txt").read_text(), (folder / "code.txt").read_text()
 
 
-def readable(mangled: str, sizes: dict[str, list[int]]) -> str:
-    """``stats_kernel<true> few`` from a mangled name; few, many and pointer are the tables."""
+def readable(mangled: str, sizes: set[int]) -> str:
+    """``stats_kernel<true,true> few`` from a mangled name; few, many, pointer are the tables."""
     name, arguments = re.fullmatch(r"_ZN4psap\d+(\w+?_kernel)I(.*)", mangled).groups()
-    flag = {"Lb1E": "<true>", "Lb0E": "<false>"}.get("".join(re.findall("Lb[01]E", arguments)), "")
+    flags = ",".join(
+        "true" if flag == "1" else "false" for flag in re.findall("Lb([01])E", arguments)
+    )
+    name += f"<{flags}>" if flags else ""
     size = re.search(r"ELi(\d+)E", arguments)
     if size is None:
-        return f"{name}{flag} pointer"
-    return f"{name}{flag} {'few' if int(size[1]) == min(sizes[name]) else 'many'}"
+        return f"{name} pointer"
+    return f"{name} {'few' if int(size[1]) == min(sizes) else 'many'}"
 
 
 @cache
 def compiled(architecture: str) -> dict[str, Compiled]:
     """Every kernel of this tree as compiled for one architecture."""
     ptxas, code = build(architecture)
-    sizes: dict[str, list[int]] = {}
-    for name, size in re.findall(r"_ZN4psap\d+(\w+?_kernel)I\S*?ELi(\d+)E", ptxas):
-        sizes.setdefault(name, []).append(int(size))
+    sizes = set(map(int, re.findall(r"_ZN4psap\d+\w+?_kernelI\S*?ELi(\d+)E", ptxas)))
     functions = dict(part.split("\n", 1) for part in code.split("Function : ")[1:])
     result = {}
     for entry in re.split(r"Compiling entry function ", ptxas)[1:]:

@@ -79,7 +79,7 @@ def _precompiled(flags: list[str]) -> Path:
 def build(csrc: Path, *, sanitize: bool = False, faulty: bool = False) -> Path:
     """Compile the kernels of ``csrc`` for the emulator, unless that has been done.
 
-    With ``faulty``, warnings are no errors, and many builds are expected.
+    With ``faulty``, warnings are no errors, and many builds are expected: they are made fast.
     """
     import pybind11
 
@@ -89,8 +89,12 @@ def build(csrc: Path, *, sanitize: bool = False, faulty: bool = False) -> Path:
     content = [(source.name, source.read_bytes()) for source in sources]
     library = _cache(flags, WARNINGS, faulty, content) / "psap_emulator.so"
     if not library.exists():
-        more = ["-w", "-include", str(_precompiled(flags))] if faulty else WARNINGS
-        _compile([*flags, *more], csrc / "emu" / "module.cpp", library)
+        if faulty:
+            flags += ["-O0", "-w"]
+            flags += ["-include", str(_precompiled(flags))]
+        else:
+            flags += WARNINGS
+        _compile(flags, csrc / "emu" / "module.cpp", library)
     return library
 
 
@@ -158,7 +162,7 @@ class Emulated:
 
     def __init__(self, module: ModuleType) -> None:
         self.module = module
-        # One ticket a layer, zero before and after every launch, as on a GPU.
+        # One ticket a layer or split filter, zero before and after every launch, as on a GPU.
         self.ticket = torch.zeros(20_000, dtype=torch.int32)
 
     def layer_stats(
@@ -173,16 +177,16 @@ class Emulated:
             torch.full((layers, 3), -1, dtype=torch.int64),
             torch.full((inputs,), torch.nan),
         )
-        capacity = 1 + layers + filters + sum(w.numel() for w in weights) // 65536
-        partial = torch.full((capacity, 10), torch.nan, dtype=torch.float64)
-        addresses = [t.data_ptr() for t in (*out[:4], partial, self.ticket)]
-        tau = tau.contiguous()
         self.module.layer_stats(
-            specs(weights), specs(grads), tau.data_ptr(), filters, addresses, capacity
+            specs(weights),
+            specs(grads),
+            tau.data_ptr(),
+            tau.stride(0),
+            [t.data_ptr() for t in (*out, self.ticket)],
+            self.ticket.numel(),
+            per_input,
         )
         assert not self.ticket.any(), "a ticket was not reset"
-        if per_input:
-            self.module.input_sums(specs(weights), specs(grads), out[4].data_ptr())
         return out
 
     def abs_histogram(

@@ -1,17 +1,8 @@
-"""Faults put into the CUDA kernels on purpose, and small cases that must notice them."""
+"""Faults put into the CUDA kernels on purpose; the cases are in fault_cases.py."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
-
-import torch
-from emulation import Emulated
-from test_gate_stats import state
-from test_layer_stats import check, make
-
-from psap_kernels import LayerStats, reference
 
 WRONG, UNALIGNED = "AssertionError", "EmulatorError: an access is not aligned"
 HEAP = "AddressSanitizer: heap-buffer-overflow"
@@ -33,112 +24,6 @@ class Fault:
         return f"cuda/{self.file or self.op}.cuh"
 
 
-def layer_stats(gpu: Emulated) -> None:
-    """Both kinds of filters, all alignments, strides that differ, many blocks in a layer."""
-    shapes = [(40, 3, 3, 3), (9, 37), (5, 4, 3, 3), (9, 12), (2, 70_001)]
-    weights = [make(s, torch.float32) for s in shapes]
-    grads = [make(s, torch.float32, seed=1) for s in shapes]
-    weights[2] = weights[2].contiguous(memory_format=torch.channels_last)
-    grads[3] = torch.full((9 * 12 + 1,), math.nan)[1:].view(9, 12).copy_(grads[3])
-    tau = torch.linspace(0.2, 1, len(shapes))
-    out = gpu.layer_stats(weights, grads, tau)
-    check(weights, grads, tau, LayerStats(*out[:4], tuple(w.shape for w in weights)))
-
-
-def input_sums(gpu: Emulated) -> None:
-    w, g = [make((9, 37, 2), torch.float32)], [make((9, 37, 2), torch.float32, seed=1)]
-    got = gpu.layer_stats(w, g, torch.ones(1), True)[4]
-    want = reference.layer_stats(w, g, torch.ones(1), True)[4]
-    torch.testing.assert_close(got, want, rtol=2e-6, atol=1e-6)
-
-
-def abs_histogram(gpu: Emulated) -> None:
-    x = make((66_003,), torch.float32)
-    tensors = [x, x[1:302], x[:300].view(30, 10)[:, ::3]]
-    scales = torch.tensor([1.0, 0.5, 2.0])
-    got = gpu.abs_histogram(tensors, scales, 1 << 29, 20, 300)
-    assert torch.equal(got, reference.abs_histogram(tensors, scales, 1 << 29, 20, 300))
-
-
-def fill(*shape: int) -> torch.Tensor:
-    return torch.randint(2, 120, shape).float()
-
-
-def traps(call: Callable[[], object]) -> None:
-    """The call must trap; what it may touch before it does is memory that is there."""
-    try:
-        call()
-    except Exception as error:
-        assert "__trap" in str(error), error
-    else:
-        raise AssertionError("no trap")
-
-
-def shrink(gpu: Emulated) -> None:
-    keep0, keep1 = torch.tensor([5, 0, 3]), torch.tensor([4, 1, 0])
-    x = fill(6, 5, 3, 3)
-    tensors = [x, x.contiguous(memory_format=torch.channels_last), fill(6, 5), fill(6, 5, 1, 19)]
-    tensors.append(fill(6, 5, 3, 6)[..., ::2])
-    long = torch.arange(1026, -1, -1)  # a row of blocks of its own, no multiple of 16 bytes
-    tensors.append(fill(6, 1027))
-    lists = [keep0] * len(tensors), [keep1] * (len(tensors) - 1) + [long]
-    got, want = gpu.shrink(tensors, *lists), reference.shrink(tensors, *lists)
-    for a, b in zip(got, want, strict=True):
-        assert torch.equal(a, b)
-    inner = fill(9, 4)[:3]
-    traps(lambda: gpu.shrink([inner], [keep0[1:2]], [torch.tensor([5])]))
-    traps(lambda: gpu.shrink([inner], [torch.tensor([3])], [keep1[1:]]))
-
-
-def rows(gpu: Emulated) -> None:
-    x = [fill(5, 3, 3, 3), fill(5, 40), fill(5 * 7 + 1)[1:].view(5, 7), fill(5, 3, 4, 4)[..., ::2]]
-    for picked in (torch.tensor([4, 0, 2]), torch.tensor([1])):
-        saved = [fill(picked.numel(), *t.shape[1:]) for t in x]
-        # Neither begins where the other does, one of them not even at 4 bytes of 16.
-        halves = torch.randint(2, 120, (5 * 9,), dtype=torch.int16).view(5, 9)
-        more = torch.randint(2, 120, (picked.numel() * 9 + 1,), dtype=torch.int16)
-        got = [t.clone() for t in (*x, halves)]
-        want = [t.clone() for t in got]
-        sources = [*saved, more[1:].view(-1, 9)]
-        gpu.restore_filters_(got, [picked] * len(got), sources)
-        reference.restore_filters_(want, [picked] * len(want), sources)
-        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-    keep = torch.tensor([True, False, True, False, False])
-    got, want = [t.clone() for t in x], [t.clone() for t in x]
-    gpu.zero_filters_(got, [keep] * len(got))
-    reference.zero_filters_(want, [keep] * len(want))
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-    inner = fill(6, 4)[:3]
-    traps(lambda: gpu.restore_filters_([inner], [torch.tensor([3])], [fill(1, 4)]))
-
-
-def gate_stats(gpu: Emulated) -> None:
-    """Rows for one lane and for a warp, channels of several blocks, an observation with a NaN."""
-    channels, per = 70, 5
-    values, grads = [torch.randn(90), torch.randn(90, 40)], [torch.randn(90), torch.randn(90, 40)]
-    terms = torch.randint(0, 90, (channels * per, 3), dtype=torch.int32)
-    terms[:, 0] %= 2
-    offsets = torch.arange(0, channels * per + 1, per, dtype=torch.int32)
-    got, want = state(channels), state(channels)
-    for bad in (0.0, math.nan, 0.0):
-        broken = [grads[0] + bad, grads[1]]
-        gpu.gate_stats_(*got, values, broken, terms, offsets, 1.0)
-        reference.gate_stats_(*want, values, broken, terms, offsets, 1.0)
-    torch.testing.assert_close(got[0], want[0], rtol=1e-11, atol=1e-11)
-    assert got[1].tolist() == [2, 1]
-    offsets[-1] -= 1
-    traps(lambda: Emulated(gpu.module).gate_stats_(*got, values, grads, terms, offsets, 1.0))
-
-
-CASES = {
-    "layer_stats": layer_stats,
-    "input_sums": input_sums,
-    "abs_histogram": abs_histogram,
-    "shrink": shrink,
-    "rows": rows,
-    "gate_stats_": gate_stats,
-}
-
 # Seen by the emulator itself.
 FAULTS = [
     Fault(
@@ -148,6 +33,29 @@ FAULTS = [
         "for (int step = kWarp / 2; step > 1; step /= 2)",
         file="device",
     ),
+    Fault(
+        "an exchange of eight sums left out",
+        "layer_stats",
+        "v[0] += __shfl_xor_sync(kAllLanes, v[0], 2);",
+        "",
+        file="device",
+    ),
+    Fault(
+        "no barrier before the ticket",
+        "layer_stats",
+        "__threadfence();\n  __syncthreads();\n  if (threadIdx.x == 0) {",
+        "__threadfence();\n  if (threadIdx.x == 0) {",
+        file="device",
+    ),
+    Fault(
+        "no barrier after the ticket",
+        "layer_stats",
+        "  }\n  __syncthreads();\n  if (last) __threadfence();",
+        "  }\n  if (last) __threadfence();",
+        shows="EmulatorError: .*a lane of the mask has ended",
+        file="device",
+    ),
+    Fault("ticket not reset", "layer_stats", "if (last) *ticket = 0;", "", file="device"),
     Fault(
         "strides swapped",
         "layer_stats",
@@ -163,61 +71,97 @@ FAULTS = [
         file="table",
     ),
     Fault(
-        "no barrier before a block's totals",
+        "always the first layout",
         "layer_stats",
-        "part[warp][s] = total[s];\n  }\n  __syncthreads();",
-        "part[warp][s] = total[s];\n  }\n",
-    ),
-    Fault(
-        "no barrier before a layer's totals",
-        "layer_stats",
-        "part[warp][s] = total;\n  }\n  __syncthreads();",
-        "part[warp][s] = total;\n  }\n",
-    ),
-    Fault(
-        "no barrier before the ticket",
-        "layer_stats",
-        "    __threadfence();\n  }\n  __syncthreads();\n  if (threadIdx.x == 0) {",
-        "    __threadfence();\n  }\n  if (threadIdx.x == 0) {",
-    ),
-    Fault(
-        "no barrier after the ticket",
-        "layer_stats",
-        "    __threadfence();\n  }\n  __syncthreads();\n  if (last) finish_layer",
-        "    __threadfence();\n  }\n  if (last) finish_layer",
-        shows="EmulatorError: .*a lane of the mask has ended",
-    ),
-    Fault(
-        "ticket not reset",
-        "layer_stats",
-        "if (last) out.ticket[job.layer] = 0;",
-        "",
+        "behind) + number;",
+        "behind);",
+        file="table",
     ),
     Fault(
         "last element left out",
         "layer_stats",
-        "i < to; i += workers) {\n    lanes.template add<kGrads>(L::value(w[i])",
-        "i + 1 < to; i += workers) {\n    lanes.template add<kGrads>(L::value(w[i])",
+        "runs.packs * kSize + me; i < n;",
+        "runs.packs * kSize + me; i + 1 < n;",
+        file="elements",
     ),
     Fault(
         "no elements before the first vector",
         "layer_stats",
-        "skew == 0 ? 0 : (16 - skew) / static_cast<int>(sizeof(T))",
-        "0 * skew",
+        "(16 - misalignment(w)) % 16 / sizeof(T)",
+        "0 * misalignment(w)",
         shows=UNALIGNED,
+        file="elements",
     ),
     Fault(
         "alignment of the gradient not looked at",
         "layer_stats",
-        "skew == misalignment(g + from) && ",
+        "misalignment(w) != misalignment(g) || ",
         "",
         shows=UNALIGNED,
+        file="elements",
+    ),
+    Fault(
+        "odd vector left out",
+        "layer_stats",
+        "if (p < runs.packs) {",
+        "if (p + threads < runs.packs) {",
+        file="elements",
+    ),
+    Fault(
+        "vectors counted twice",
+        "abs_histogram",
+        "p += 2 * threads",
+        "p += threads",
+        file="elements",
+    ),
+    Fault(
+        "a filter's lanes added once too often",
+        "layer_stats",
+        "if (step == threads && valid",
+        "if (step == 2 * threads && valid",
+    ),
+    Fault(
+        "first filter of a warp written only",
+        "layer_stats",
+        "valid && lane % threads == 0",
+        "valid && lane == 0",
+    ),
+    Fault(
+        "no barrier before a block's totals",
+        "layer_stats",
+        "= part.nonfinite[c];\n  }\n  __syncthreads();",
+        "= part.nonfinite[c];\n  }\n",
+    ),
+    Fault(
+        "no barrier before a layer's totals",
+        "layer_stats",
+        "[k] = total;\n  }\n  __syncthreads();",
+        "[k] = total;\n  }\n",
     ),
     Fault(
         "pieces of filters mixed up",
         "layer_stats",
-        "(f * job.pieces + p)",
-        "(p * job.filters + f)",
+        "(from + filter * job.pieces)",
+        "(from + filter)",
+    ),
+    Fault(
+        "a block too few waited for",
+        "layer_stats",
+        "(job.filters - 1) / together + 1",
+        "(job.filters - 1) / together",
+    ),
+    Fault(
+        "filters of pieces share a ticket",
+        "layer_stats",
+        "out.layers + split, job.pieces",
+        "out.layers, job.pieces",
+    ),
+    Fault(
+        "only some lanes count what is not finite",
+        "layer_stats",
+        "part.suspect = __ballot_sync(kAllLanes, part.suspect) != 0;",
+        "",
+        shows="EmulatorError: ",
     ),
     Fault(
         "no barrier before the channels' totals",
@@ -225,6 +169,7 @@ FAULTS = [
         "part[warp][lane] = sum;\n  __syncthreads();",
         "part[warp][lane] = sum;",
     ),
+    Fault("every filter read by every warp", "input_sums", "f += warps", "f++"),
     Fault(
         "no barrier after clearing",
         "abs_histogram",
@@ -234,8 +179,8 @@ FAULTS = [
     Fault(
         "no barrier after counting",
         "abs_histogram",
-        "  });\n  __syncthreads();",
-        "  });",
+        "histogram.flush();\n  __syncthreads();",
+        "histogram.flush();",
     ),
     Fault(
         "last column not cleared",
@@ -244,17 +189,28 @@ FAULTS = [
         "c < columns - 1; c += kHistogramThreads) count[c] = 0;",
     ),
     Fault(
-        "alignment not looked at",
+        "zeros not flushed",
         "abs_histogram",
-        "job.dense && misalignment(x + from) == 0",
-        "job.dense",
-        shows=UNALIGNED,
+        "if (own[0]) atomicAdd(columns + column_of(0), own[0]);",
+        "",
     ),
     Fault(
-        "vectors counted twice",
+        "zeros flushed below the first bin",
         "abs_histogram",
-        "done = from + vectors * kSize;",
-        "done = from + vectors;",
+        "columns + column_of(0)",
+        "columns",
+    ),
+    Fault(
+        "one lane's zeros flushed",
+        "abs_histogram",
+        "{warp_sum(zeros), ",
+        "{zeros, ",
+    ),
+    Fault(
+        "what is beyond the bins not flushed",
+        "abs_histogram",
+        "if (own[2]) atomicAdd(columns + bins + 1, own[2]);",
+        "",
     ),
     Fault(
         "last word left out",
@@ -316,8 +272,9 @@ FAULTS = [
     Fault(
         "no barrier before the ticket",
         "gate_stats_",
-        "    __threadfence();\n  }\n  __syncthreads();\n  if (threadIdx.x == 0) {",
-        "    __threadfence();\n  }\n  if (threadIdx.x == 0) {",
+        "__threadfence();\n  __syncthreads();\n  if (threadIdx.x == 0) {",
+        "__threadfence();\n  if (threadIdx.x == 0) {",
+        file="device",
     ),
     Fault(
         "no barrier before the flag is reset",
@@ -334,8 +291,8 @@ FAULTS = [
     Fault(
         "flag not reset",
         "gate_stats_",
-        "out.ticket[0] = out.ticket[1] = 0;",
-        "out.ticket[0] = 0;",
+        "out.ticket[1] = 0;",
+        "",
     ),
     Fault(
         "lanes without a term leave",
@@ -362,17 +319,31 @@ FAULTS = [
 # Seen by the sanitizers.
 MEMORY_FAULTS = [
     Fault(
-        "warps without a filter work on",
+        "lanes without a filter work on",
         "layer_stats",
-        "if (filter >= job.filters) return;",
-        "",
+        "valid ? job.length - first : 0",
+        "job.length - first",
+        shows=HEAP,
+    ),
+    Fault(
+        "last piece of a filter not cut",
+        "layer_stats",
+        "rest < kStatsPiece ? rest : kStatsPiece",
+        "rest < kStatsPiece && job.pieces == 1 ? rest : kStatsPiece",
+        shows=HEAP,
+    ),
+    Fault(
+        "lanes without a channel work on",
+        "input_sums",
+        "if (there && job.length > 0)",
+        "if (job.length > 0)",
         shows=HEAP,
     ),
     Fault(
         "piece not cut at the end",
         "abs_histogram",
-        "from + kHistogramPiece < job.length ? from + kHistogramPiece : job.length",
-        "from + kHistogramPiece",
+        "rest < kHistogramPiece ? rest : kHistogramPiece",
+        "kHistogramPiece",
         shows=HEAP,
     ),
     Fault(

@@ -12,10 +12,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import emulation
-import faults
 import pytest
 from emulation import Emulated
-from faults import CASES, FAULTS, MEMORY_FAULTS, Fault
+from fault_cases import CASES
+from faults import FAULTS, MEMORY_FAULTS, Fault
 
 CSRC = emulation.ROOT / "csrc"
 
@@ -24,12 +24,13 @@ def name(fault: Fault) -> str:
     return f"{fault.op}: {fault.name}"
 
 
-def rounds() -> list[list[Fault]]:
-    """Faults that share a build, since none is in the way of another."""
-    alone = [[fault] for fault in FAULTS if fault.file]
-    by_op = [[f for f in FAULTS if f.op == op and not f.file] for op in CASES]
-    longest = max(map(len, by_op))
-    return alone + [[own[i] for own in by_op if i < len(own)] for i in range(longest)]
+def builds_with(fault: Fault, faults: list[Fault]) -> tuple[Fault, ...]:
+    """The faults that share a build with this one, since none is in the way of another."""
+    if fault.file:
+        return (fault,)
+    by_op = [[f for f in faults if f.op == op and not f.file] for op in CASES]
+    place = next(own.index(fault) for own in by_op if fault in own)
+    return tuple(own[place] for own in by_op if place < len(own))
 
 
 @cache
@@ -68,18 +69,17 @@ def test_sound_kernels_pass(op):
 @pytest.mark.parametrize("fault", FAULTS, ids=name)
 def test_a_fault_is_noticed(fault):
     emulation.require()
-    seeded = next(tuple(each) for each in rounds() if fault in each)
-    said = complaint(emulation.load(build(seeded)), fault.op)
+    said = complaint(emulation.load(build(builds_with(fault, FAULTS))), fault.op)
     assert said is not None
     assert re.search(fault.shows, said), said
 
 
 def run_sanitized(library: Path, op: str):
     return emulation.run_sanitized(
-        "import torch, emulation, faults, pathlib\n"
+        "import torch, emulation, fault_cases, pathlib\n"
         "torch.manual_seed(0)\n"
         f"module = emulation.load(pathlib.Path({str(library)!r}))\n"
-        f"faults.CASES[{op!r}](emulation.Emulated(module))\n"
+        f"fault_cases.CASES[{op!r}](emulation.Emulated(module))\n"
     )
 
 
@@ -88,14 +88,14 @@ def run_sanitized(library: Path, op: str):
 @pytest.mark.parametrize("fault", MEMORY_FAULTS, ids=name)
 def test_the_sanitizers_notice_a_fault(fault):
     emulation.require()
-    done = run_sanitized(build(tuple(MEMORY_FAULTS), sanitize=True), fault.op)
+    done = run_sanitized(build(builds_with(fault, MEMORY_FAULTS), sanitize=True), fault.op)
     assert done.returncode != 0
     assert re.search(fault.shows, done.stderr), done.stderr[-3000:]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("op", sorted({fault.op for fault in faults.MEMORY_FAULTS}))
+@pytest.mark.parametrize("op", sorted({fault.op for fault in MEMORY_FAULTS}))
 def test_the_sanitizers_pass_sound_kernels(op):
     emulation.require()
     done = run_sanitized(emulation.build(CSRC, sanitize=True), op)
