@@ -98,12 +98,20 @@ class Lineage:
         kept = [np.flatnonzero(alive[span]).tolist() for span in spans]
         return plans.from_masks(self.graph, kept)
 
-    def cut(self, alive: Bools, optimizer: torch.optim.Optimizer, *, check: bool) -> None:
-        """Remove what is not alive from the model and its optimizer, in place.
+    def cut(
+        self,
+        alive: Bools,
+        optimizer: torch.optim.Optimizer,
+        friends: Sequence[Any],
+        *,
+        check: bool,
+    ) -> None:
+        """Remove what is not alive from the model, its optimizer and its friends, in place.
 
         Args:
             alive: bool [channels].
             optimizer: its state goes with the channels.
+            friends: as for `psap.apply`.
             check: prove before that the small network equals the masked one.
 
         Raises:
@@ -111,7 +119,15 @@ class Lineage:
             PsapError: the optimizer's state cannot be cut by channel; nothing was changed.
         """
         plan = self.step(alive)
-        apply(self.graph.model, plan, optimizer=optimizer, mode="module", check=check, inplace=True)
+        apply(
+            self.graph.model,
+            plan,
+            optimizer=optimizer,
+            friends=friends,
+            mode="module",
+            check=check,
+            inplace=True,
+        )
         self.graph, self.original = restricted(self.graph, alive), self.original[alive]
 
     def preview(self, alive: Bools) -> Graph:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from psap import optim, plans, scores, selection
 from psap.config import Config
-from psap.errors import ArgumentError, ArgumentTypeError, PsapError, StateError
+from psap.errors import ArgumentTypeError, PsapError, StateError
 from psap.events import PruneEvent, WindowEvent, event_to_json
 from psap.gates import Bools, Floats, Gates
 from psap.graph import Graph, trace
@@ -23,6 +23,7 @@ from psap.pruner_state import (
     Pruned,
     prune_event,
     read_state,
+    require_inplace,
     require_progressive,
     target_at,
     warn_due,
@@ -51,6 +52,7 @@ class Pruner:
         config: what to prune to, and how.
         keep_optimizer: False for an optimizer whose state cannot be cut by channel (LBFGS,
             Adafactor): `finish` then gives none.
+        friends: what else belongs to the training, as for `psap.apply`.
 
     Raises:
         ArgumentTypeError: an argument has the wrong type.
@@ -70,6 +72,7 @@ class Pruner:
         optimizer: torch.optim.Optimizer,
         config: Config | None = None,
         keep_optimizer: bool = True,
+        friends: Sequence[Any] = (),
     ) -> None:
         config = Config() if config is None else config
         if not isinstance(config, Config):
@@ -93,7 +96,7 @@ class Pruner:
         if config.verify:
             mode: Mode = "module" if config.progressive else "auto"
             apply(self.graph.model, plans.plan(self.graph, ratio=0.5), mode=mode)
-        self._optimizer = optimizer
+        self._optimizer, self._friends = optimizer, tuple(friends)
         self.gates = Gates(self.graph, optimizer, config.closed)
         count = len(self.graph.group_of)
         self._alive: Bools = np.ones(count, dtype=bool)
@@ -200,7 +203,7 @@ class Pruner:
             return
         self._erase()
         alive = self._alive
-        self._lineage.cut(alive, self._optimizer, check=self.config.verify)
+        self._lineage.cut(alive, self._optimizer, self._friends, check=self.config.verify)
         self._adopt(self._bonus[alive])
 
     def _adopt(self, bonus: Floats) -> None:
@@ -285,7 +288,7 @@ class Pruner:
 
         Args:
             keep_optimizer: False, here or for the `Pruner`: the result has no optimizer.
-            friends: what else belongs to the training, as for `psap.apply`.
+            friends: more of what belongs to the training.
             inplace: change the model, the optimizer and the friends, instead of making new ones.
 
         Returns:
@@ -306,13 +309,7 @@ class Pruner:
         self._require_open("finish")
         keep = keep_optimizer and self._keep_optimizer
         if inplace:
-            self._ranks.refuse_inplace("finish(inplace=True)")
-        if inplace and not keep:
-            raise ArgumentError(
-                "finish(inplace=True) with keep_optimizer=False would leave the optimizer with "
-                "state of the wrong shapes; call finish(keep_optimizer=False), and make a new "
-                "optimizer for result.model"
-            )
+            require_inplace(self._ranks, keep)
         if self._step < self.config.prune_steps:
             warn_due(self.config.prune_steps - self._step, self.config.prune_steps)
         self._catch_up()
@@ -321,7 +318,7 @@ class Pruner:
             self.graph.model,
             self._lineage.step(self._alive),
             optimizer=self._optimizer if keep else None,
-            friends=friends,
+            friends=(*self._friends, *friends),
             check=self.config.verify,
             inplace=inplace,
         )
@@ -392,7 +389,7 @@ class Pruner:
         self._require_open("load_state_dict")
         rest, found = read_state(state, self.config, self._lineage, self._optimizer)
         if not rest.all():
-            self._lineage.cut(rest, self._optimizer, check=False)
+            self._lineage.cut(rest, self._optimizer, self._friends, check=False)
             self._adopt(found.bonus)
         self.gates.saved = found.saved
         self._alive, self._fresh, self._bonus = found.alive, found.fresh, found.bonus

@@ -132,6 +132,21 @@ def require_progressive(ranks: Ranks, keep_optimizer: bool) -> None:
         )
 
 
+def require_inplace(ranks: Ranks, keep_optimizer: bool) -> None:
+    """Check that `psap.Pruner.finish` may change the caller's objects.
+
+    Raises:
+        ArgumentError: some of them would not fit afterwards.
+    """
+    ranks.refuse_inplace("finish(inplace=True)")
+    if not keep_optimizer:
+        raise ArgumentError(
+            "finish(inplace=True) with keep_optimizer=False would leave the optimizer with state "
+            "of the wrong shapes; call finish(keep_optimizer=False), and make a new optimizer for "
+            "result.model"
+        )
+
+
 def warn_untrained() -> None:
     """Warn the caller of `psap.Pruner.step`."""
     warnings.warn(

@@ -131,6 +131,32 @@ def test_a_resumed_run_has_the_same_bits(protect: str, at: int, tmp_path: Path) 
     assert all(torch.equal(a, b) for a, b in weights)
 
 
+def test_averaged_copies_and_schedulers_shrink_along() -> None:
+    torch.manual_seed(0)
+    model = NETS["residual"]().train()
+    opt = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    average = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    scheduler = torch.optim.lr_scheduler.StepLR(opt, 1, gamma=0.9)
+    pruner = psap.Pruner(
+        model,
+        inputs(),
+        optimizer=opt,
+        config=psap.Config(target=psap.Target(macs=0.4), prune_steps=2, progressive=True),
+        friends=[average, scheduler],
+    )
+    for epoch in range(3):
+        for i in range(3):
+            train(model, opt, iterations=1, first=3 * epoch + i)
+            average.update_parameters(model)
+        scheduler.step()
+        pruner.step()
+        shapes = [p.shape for p in model.parameters()]
+        assert [p.shape for p in average.module.parameters()] == shapes
+    assert average.eval()(inputs()).isfinite().all() and opt.param_groups[0]["lr"] < 0.04
+    result = pruner.finish()
+    assert [p.shape for p in result.friends[0].module.parameters()] == shapes
+
+
 def test_a_state_of_a_larger_network_is_refused() -> None:
     model, opt, pruner = make("residual", protect="gate", **PROGRESSIVE)
     advance(model, opt, pruner, 0, 5)

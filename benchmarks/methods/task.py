@@ -13,7 +13,7 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(kw_only=True)
 class Task:
-    """One run: the network that trains, and what it shall become. Methods replace model and optimizer.
+    """One run: the network that trains, and what it shall become; methods replace both.
 
     Attributes:
         model: the network; a method puts the small one here.
