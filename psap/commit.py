@@ -7,13 +7,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 SIZES = (
     "in_channels", "out_channels", "groups", "num_features", "in_features", "out_features",
-    "num_parameters", "embedding_dim", "num_groups", "num_channels",
+    "num_parameters", "embedding_dim", "num_groups", "num_channels", "normalized_shape",
 )  # fmt: skip
 """Attributes of PyTorch's modules that follow the shapes of their tensors."""
+TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+"""What a module keeps when it becomes a program."""
+Undo = list[Callable[[], None]]
 
 
 def commit(
@@ -26,7 +29,8 @@ def commit(
     Whatever fails or interrupts it, everything is put back.
 
     Args:
-        networks: the caller's network, and a small copy of it with the same modules.
+        networks: the caller's network, and a small copy of it in which some modules may be
+            programs.
         states: an optimizer, and its new state by the name of the parameter.
         names: names of the parameters that optimizers train, by ``id``.
     """
@@ -37,21 +41,53 @@ def commit(
             _move_state(optimizer, state, names, undo)
 
 
-def _move_network(model: nn.Module, small: nn.Module, undo: list[Callable[[], None]]) -> None:
-    tensors = [(*net.parameters(), *net.buffers()) for net in (model, small)]
-    for old, new in zip(*tensors, strict=True):
+def _move_network(model: nn.Module, small: nn.Module, undo: Undo) -> None:
+    news = {**dict(small.named_parameters()), **dict(small.named_buffers())}
+    for name, old in (*model.named_parameters(), *model.named_buffers()):
         undo.append(_restorer(old, old.data, old.grad))
-        _set(old, new.data, new.grad)
-    for module, source in zip(model.modules(), small.modules(), strict=True):
+        _set(old, news[name].data, news[name].grad)
+    modules = dict(model.named_modules())
+    for name, source in small.named_modules():
+        module = modules.get(name)
+        if module is None:
+            continue  # a program has brought it along
+        if isinstance(source, fx.GraphModule):
+            _become(module, source, undo)
         for key in SIZES:
             _move(module, source, key, undo)
+
+
+def _become(module: nn.Module, source: fx.GraphModule, undo: Undo) -> None:
+    """Let a module run a program; it stays the same object, with its own tensors and children."""
+    kind, own = type(module), dict(vars(module))
+    tables = {key: own[key].copy() for key in TABLES}
+
+    def restore() -> None:
+        module.__class__ = kind
+        vars(module).clear()
+        vars(module).update(own)
+        for key, table in tables.items():
+            own[key].clear()
+            own[key].update(table)
+
+    undo.append(restore)
+    for key in TABLES:  # what the program has brought along
+        known, found = own[key], vars(source)[key]
+        if isinstance(known, dict):
+            known.update({name: value for name, value in found.items() if name not in known})
+        else:
+            known |= found
+    kept = {k for k in own if k in TABLES or k == "training" or "_hooks" in k}
+    vars(module).update({k: value for k, value in vars(source).items() if k not in kept})
+    module.__class__ = type(source)
+    module.graph.owning_module = module  # type: ignore[union-attr]
 
 
 def _move_state(
     optimizer: torch.optim.Optimizer,
     state: Mapping[str, Any],
     names: Mapping[int, str],
-    undo: list[Callable[[], None]],
+    undo: Undo,
 ) -> None:
     before = dict(optimizer.state)
     undo.append(lambda: optimizer.state.update(before))
@@ -59,9 +95,9 @@ def _move_state(
         optimizer.state[parameter] = state[names[id(parameter)]]
 
 
-def _move(module: nn.Module, source: nn.Module, key: str, undo: list[Callable[[], None]]) -> None:
+def _move(module: nn.Module, source: nn.Module, key: str, undo: Undo) -> None:
     old = module.__dict__.get(key)
-    if isinstance(old, int) and old != source.__dict__[key]:
+    if isinstance(old, (int, tuple)) and old != source.__dict__[key]:
         undo.append(lambda: setattr(module, key, old))
         setattr(module, key, source.__dict__[key])
 
@@ -85,9 +121,9 @@ def _set(tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
 
 
 @contextmanager
-def _undoing() -> Iterator[list[Callable[[], None]]]:
+def _undoing() -> Iterator[Undo]:
     """Run what was collected, last first, if the block fails or is interrupted."""
-    undo: list[Callable[[], None]] = []
+    undo: Undo = []
     try:
         yield undo
     except BaseException:

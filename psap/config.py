@@ -90,8 +90,7 @@ class Config:
         restore_bonus: added to the score of a restored filter.
         progressive: remove pruned channels from the model and the optimizer, in place, as soon as a
             prune step (or its window) is over, so that the rest of the training is faster. They
-            cannot return. For models that need no "graph" mode, outside of
-            ``DistributedDataParallel``.
+            cannot return. Not inside of ``DistributedDataParallel``.
         verify: prove shrunk == masked in float64 before channels are removed.
 
     Raises:

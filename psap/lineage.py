@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -64,11 +64,13 @@ class Lineage:
         graph: the graph of the model as it is.
         original: int64 [channels], the index within its group that each channel of the model had in
             the dense one.
+        mode: "graph" once a cut has made programs of some modules.
     """
 
     def __init__(self, graph: Graph) -> None:
         self.dense = self.graph = graph
         self.cost = CostModel(graph)
+        self.mode: Literal["module", "graph"] = "module"
         self.architecture = plans.fingerprint(graph.model)
         empty = np.empty(0, dtype=np.int64)
         self.original: Ints = np.concatenate([empty, *(np.arange(g.size) for g in graph.groups)])
@@ -118,16 +120,16 @@ class Lineage:
             VerificationError: it does not; nothing was changed.
             PsapError: the optimizer's state cannot be cut by channel; nothing was changed.
         """
-        plan = self.step(alive)
-        apply(
+        result = apply(
             self.graph.model,
-            plan,
+            self.step(alive),
             optimizer=optimizer,
             friends=friends,
-            mode="module",
             check=check,
             inplace=True,
         )
+        if result.mode == "graph":
+            self.mode = "graph"
         self.graph, self.original = restricted(self.graph, alive), self.original[alive]
 
     def preview(self, alive: Bools) -> Graph:

@@ -31,7 +31,7 @@ from psap.pruner_state import (
     window_event,
 )
 from psap.ranks import Ranks
-from psap.shrink import Mode, Result, apply
+from psap.shrink import Result, apply
 
 
 class Pruner:
@@ -94,8 +94,7 @@ class Pruner:
         if config.progressive:
             require_progressive(self._ranks, keep_optimizer)
         if config.verify:
-            mode: Mode = "module" if config.progressive else "auto"
-            apply(self.graph.model, plans.plan(self.graph, ratio=0.5), mode=mode)
+            apply(self.graph.model, plans.plan(self.graph, ratio=0.5))
         self._optimizer, self._friends = optimizer, tuple(friends)
         self.gates = Gates(self.graph, optimizer, config.closed)
         count = len(self.graph.group_of)
@@ -324,7 +323,8 @@ class Pruner:
         )
         self._finished = True
         self.close()
-        result = replace(result, plan=whole)
+        mode = "graph" if self._lineage.mode == "graph" else result.mode
+        result = replace(result, plan=whole, mode=mode)
         result.report["events"] = [event_to_json(event) for event in self.events]
         result.report["config"] = asdict(self.config)
         return result
@@ -389,7 +389,7 @@ class Pruner:
         self._require_open("load_state_dict")
         rest, found = read_state(state, self.config, self._lineage, self._optimizer)
         if not rest.all():
-            self._lineage.cut(rest, self._optimizer, self._friends, check=False)
+            self._lineage.cut(rest, self._optimizer, self._friends, check=self.config.verify)
             self._adopt(found.bonus)
         self.gates.saved = found.saved
         self._alive, self._fresh, self._bonus = found.alive, found.fresh, found.bonus

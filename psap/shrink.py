@@ -264,7 +264,8 @@ def apply(
             and takes the second if it must.
         check: prove shrunk == masked in float64, in evaluation and in train mode. Without it, a
             forward that fixes sizes goes unnoticed.
-        inplace: change the caller's model and optimizer.
+        inplace: change the caller's model and optimizer. A module whose forward() becomes a program
+            stays the same object, but its class is then ``torch.fx.GraphModule``.
 
     Returns:
         The small model, its optimizer, the plan, and the proof.
@@ -284,13 +285,8 @@ def apply(
     model = check_plan(model, plan)
     if mode not in ("auto", "module", "graph"):
         raise ArgumentError(f"mode is {mode!r}; pass 'auto', 'module' or 'graph'")
-    if inplace and mode == "graph":
-        raise ArgumentError(
-            "mode='graph' makes a new module; it cannot be combined with inplace=True"
-        )
     around = friends_.sort(model, plan, optimizer, friends)
     inputs = _inputs(plan, example_inputs, model)
-    mode = "module" if mode == "auto" and inplace else mode
     small, made, proof = _build(model, plan, inputs, mode, check)
     report = {"verification": None if proof is None else vars(proof)}
     hazards.warn_unsafe(small)
@@ -350,7 +346,7 @@ def _build(
     notes: list[str] = []
     if plan.counted and mode == "module":
         raise VerificationError(
-            "a norm counts channels that go: use mode='graph' and inplace=False, or "
+            "a norm counts channels that go: use mode='graph', or "
             "psap.trace(model, example_inputs, gated=True), which leaves them alone"
         )
     if mode in ("auto", "module") and not plan.counted:

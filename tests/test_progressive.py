@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 from pruner_nets import NETS, OPTIMIZERS, Chain, inputs, make, train
-from torch import nn
+from torch import fx, nn
 
 import psap
-from psap import selection
+from psap import commit, selection
 from psap.events import PruneEvent, WindowEvent
+from psap.models.resnet import PaddedBlock
 
 PROGRESSIVE = {"progressive": True, "window": 3, "prune_steps": 3}
 
@@ -183,17 +184,88 @@ def test_a_state_of_a_larger_network_is_refused() -> None:
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-class Fixed(nn.Module):
-    """Fixes its width in Python, so that only graph mode can shrink it."""
+class Padded(nn.Module):
+    """Fixes widths in Python, in a block and in the model itself."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, root: bool) -> None:
         super().__init__()
-        self.chain = Chain()
+        self.stem, self.block = nn.Conv2d(3, 4, 3, padding=1), PaddedBlock(4, 8, 1)
+        self.root, self.head = root, nn.Linear(8, 5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        net = self.chain
-        x = torch.relu(net.bn1(net.conv1(x))).view(x.shape[0], 8, 64).view(x.shape[0], 8, 8, 8)
-        return net.head(torch.relu(net.bn2(net.conv2(x))))
+        x = self.block(self.stem(x))
+        if self.root:
+            x = x.view(x.shape[0], 8, 64).view(x.shape[0], 8, 8, 8)
+        return self.head(x.mean((2, 3)))
+
+    def help(self) -> str:
+        return "a method of the user's"
+
+
+@pytest.mark.parametrize("protect", ["gate", "pulse"])
+@pytest.mark.parametrize("root", [False, True])
+def test_modules_that_fix_widths_become_programs(root: bool, protect: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"prune_steps": 3, "window": 3, "protect": protect}
+    config = psap.Config(target=psap.Target(macs=0.4), progressive=True, **options)
+
+    def begin() -> tuple[nn.Module, torch.optim.Optimizer, psap.Pruner]:
+        torch.manual_seed(0)
+        model = Padded(root=root).train()
+        opt = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+        return model, opt, psap.Pruner(model, inputs(), optimizer=opt, config=config)
+
+    model, opt, pruner = begin()
+    block, parameters = model.block, list(model.parameters())
+    seen = []
+    model.block.register_forward_hook(lambda *_: seen.append(1))
+    advance(model, opt, pruner, 0, 11)
+    state = everything(model, opt, pruner)
+    advance(model, opt, pruner, 11, 24)
+    assert pruner.done and model.block is block and len(seen) >= 24
+    assert isinstance(block, fx.GraphModule) and isinstance(model, fx.GraphModule) is root
+    assert root or model.help() == "a method of the user's"
+    assert [id(p) for p in model.parameters()] == [id(p) for p in parameters]
+    result = pruner.finish()
+    assert result.mode == "graph"
+    psap.save(result, tmp_path / "small.psap")
+    loaded = psap.load(tmp_path / "small.psap", lambda: Padded(root=root))
+    wanted = model.eval()(inputs())
+    for net in (result.model, loaded):
+        torch.testing.assert_close(net.eval()(inputs()), wanted, rtol=1e-6, atol=1e-7)
+    other, opt2, resumed = begin()
+    resumed.load_state_dict(state["pruner"])
+    other.load_state_dict(state["model"])
+    opt2.load_state_dict(state["opt"])
+    advance(other, opt2, resumed, 11, 24)
+    again = resumed.finish()
+    assert again.plan == result.plan
+    pairs = zip(result.model.state_dict().values(), again.model.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_failed_cut_leaves_the_module_what_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = Padded(root=True).train()
+    opt = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    train(model, opt, iterations=1)
+    plan = psap.plan(psap.trace(model, inputs()), ratio=0.5)
+    before = [(type(m), dict(vars(m)), dict(m._modules)) for m in model.modules()]
+    values = copy.deepcopy(model.state_dict())
+
+    def broken(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commit, "_move_state", broken)
+    with pytest.raises(KeyboardInterrupt):
+        psap.apply(model, plan, optimizer=opt, inplace=True)
+    after = [(type(m), dict(vars(m)), dict(m._modules)) for m in model.modules()]
+    assert [kind for kind, *_ in before] == [kind for kind, *_ in after]
+    for (_, own, children), (_, own_after, children_after) in zip(before, after, strict=True):
+        assert list(own) == list(own_after) and list(children) == list(children_after)
+    assert all(
+        torch.equal(a, b) for a, b in zip(values.values(), model.state_dict().values(), strict=True)
+    )
+    train(model, opt, iterations=1)
 
 
 def test_what_cannot_be_cut_in_place_is_refused_at_once() -> None:
@@ -202,12 +274,5 @@ def test_what_cannot_be_cut_in_place_is_refused_at_once() -> None:
     opt = torch.optim.LBFGS(net.parameters())
     with pytest.raises(psap.ArgumentError, match=r"cuts the optimizer's state while it trains"):
         psap.Pruner(net, inputs(), optimizer=opt, config=config, keep_optimizer=False)
-    fixed = Fixed()
-    sgd = torch.optim.SGD(fixed.parameters(), 0.1)
-    with pytest.raises(psap.VerificationError, match="module mode"):
-        psap.Pruner(fixed, inputs(), optimizer=sgd, config=config)
-    psap.Pruner(fixed, inputs(), optimizer=sgd, config=psap.Config())  # and graph mode can
-    with pytest.raises(
-        psap.ArgumentTypeError, match=r"Config\.progressive is 1; pass True or False"
-    ):
+    with pytest.raises(psap.ArgumentTypeError, match=r"Config\.progressive is 1; pass True or"):
         psap.Config(progressive=1)

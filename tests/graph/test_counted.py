@@ -97,17 +97,26 @@ def test_what_is_not_zero_is_cut_off_where_it_is_read(name: str) -> None:
     assert_exact(model, plan, psap.apply(model, plan).model, (image(),))
 
 
-@pytest.mark.parametrize("options", [{"mode": "module"}, {"inplace": True}])
-def test_counted_channels_need_graph_mode(options: dict[str, Any]) -> None:
+def test_counted_channels_need_graph_mode() -> None:
     model = randomise(CASES["layer norm"].make())
     plan = psap.plan(psap.trace(model, image()), ratio=0.5)
     before = snapshot(model)
     with pytest.raises(psap.VerificationError, match=r"gated=True\), which leaves them alone"):
-        psap.apply(model, plan, **options)
+        psap.apply(model, plan, mode="module")
     assert_same(before, snapshot(model))
     gated = psap.plan(psap.trace(model, image(), gated=True), ratio=0.5)
     assert {group.name for group in gated.groups} == {"stem", "last"}
-    assert psap.apply(model, gated, **options).mode == "module"
+    assert psap.apply(model, gated, mode="module").mode == "module"
+
+
+def test_a_norm_counts_in_place() -> None:
+    model = randomise(CASES["layer norm"].make())
+    plan = psap.plan(psap.trace(model, image()), ratio=0.5)
+    wanted, parameters = psap.apply(model, plan).model, list(model.parameters())
+    result = psap.apply(model, plan, inplace=True)
+    assert result.model is model and result.mode == "graph"
+    assert [id(p) for p in model.parameters()] == [id(p) for p in parameters]
+    torch.testing.assert_close(model.eval()(image()), wanted.eval()(image()), rtol=0, atol=0)
 
 
 def test_a_counted_norm_exports_without_an_op_of_its_own() -> None:
