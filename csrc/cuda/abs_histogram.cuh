@@ -70,7 +70,7 @@ struct Histogram {
 };
 
 template <class Table>
-__global__ void __launch_bounds__(kHistogramThreads)
+__global__ void __launch_bounds__(kHistogramThreads, 6)
     histogram_kernel(PSAP_GRID_CONSTANT const Table table, const HistogramBins bins) {
   PSAP_SHARED(unsigned int, count, [kMaxColumns]);
   const int columns = bins.bins + 2;

@@ -124,15 +124,20 @@ __device__ __forceinline__ void with_dtype(int32_t dtype, const F& body) {
   }
 }
 
-// 16 bytes as elements; the address must be a multiple of 16.
+// 16 bytes at once; the address must be a multiple of 16.
+__device__ __forceinline__ uint4 load128(const void* from) {
+  return __ldg(static_cast<const uint4*>(from));
+}
+
+// 16 bytes as elements.
 template <class T>
 struct Vector {
   static constexpr int kSize = 16 / sizeof(T);
   T element[kSize];
-  __device__ __forceinline__ explicit Vector(const void* from) {
-    const uint4 bits = __ldg(static_cast<const uint4*>(from));
+  __device__ __forceinline__ explicit Vector(const uint4& bits) {
     memcpy(element, &bits, sizeof bits);
   }
+  __device__ __forceinline__ explicit Vector(const void* from) : Vector(load128(from)) {}
 };
 
 PSAP_HD inline unsigned misalignment(const void* p) {

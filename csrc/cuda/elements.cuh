@@ -40,7 +40,8 @@ __device__ __forceinline__ void for_each_element(const typename L::T* w, const t
   w += first;
   g = kPairs ? g + first : w;
   const auto add_one = [&](int i) { add(__ldg(w + i), kPairs ? __ldg(g + i) : T{}); };
-  const auto add_pack = [&](const Vector<T>& x, const Vector<T>& y) {
+  const auto add_pack = [&](const uint4& first_pack, const uint4& second_pack) {
+    const Vector<T> x(first_pack), y(second_pack);
 #pragma unroll
     for (int k = 0; k < kSize; k++) add(x.element[k], y.element[k]);
   };
@@ -51,15 +52,15 @@ __device__ __forceinline__ void for_each_element(const typename L::T* w, const t
   int p = me;
   // Two packs of each tensor under way: 64 bytes a thread.
   for (; p + threads < runs.packs; p += 2 * threads) {
-    const Vector<T> x0(x + p * kSize), x1(x + (p + threads) * kSize);
-    const Vector<T> y0(kPairs ? y + p * kSize : x + p * kSize);
-    const Vector<T> y1(kPairs ? y + (p + threads) * kSize : x + (p + threads) * kSize);
+    const uint4 x0 = load128(x + p * kSize), x1 = load128(x + (p + threads) * kSize);
+    const uint4 y0 = kPairs ? load128(y + p * kSize) : x0;
+    const uint4 y1 = kPairs ? load128(y + (p + threads) * kSize) : x1;
     add_pack(x0, y0);
     add_pack(x1, y1);
   }
   if (p < runs.packs) {
-    const Vector<T> x0(x + p * kSize);
-    add_pack(x0, kPairs ? Vector<T>(y + p * kSize) : x0);
+    const uint4 x0 = load128(x + p * kSize);
+    add_pack(x0, kPairs ? load128(y + p * kSize) : x0);
   }
   for (int i = runs.head + runs.packs * kSize + me; i < n; i += threads) add_one(i);
 }

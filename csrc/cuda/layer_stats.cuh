@@ -190,7 +190,7 @@ __device__ __forceinline__ void finish(const StatsJob& job, const StatsOutput& o
 }
 
 template <class Table, bool kGrads, bool kInputs>
-__global__ void __launch_bounds__(kStatsThreads, 4)
+__global__ void __launch_bounds__(kStatsThreads)
     stats_kernel(PSAP_GRID_CONSTANT const Table table, PSAP_GRID_CONSTANT const StatsOutput out) {
   PSAP_SHARED(double, warps, [kStatsWarps][kTotals]);
   const int layer = find_job(table, blockIdx.x);
