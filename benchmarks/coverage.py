@@ -90,8 +90,17 @@ def _trains(name: str, model: nn.Module, inputs: tuple[Any, ...]) -> str:
 
 
 def _psap(name: str, model: nn.Module, inputs: tuple[Any, ...], row: Row) -> None:
-    row["phase"] = "trace"
-    row["trace_s"], graph = _seconds(lambda: psap.trace(model, inputs))
+    try:
+        _pruned(name, model, inputs, row, gated=False)
+    except psap.VerificationError as error:
+        row["ungated"] = f"{type(error).__name__}: {error}"[:600]
+        _pruned(name, model, inputs, row, gated=True)
+
+
+def _pruned(name: str, model: nn.Module, inputs: tuple[Any, ...], row: Row, *, gated: bool) -> None:
+    """Prune by half, or, gated, only where every module stays what it is."""
+    row["phase"], row["gated"] = "trace", gated
+    row["trace_s"], graph = _seconds(lambda: psap.trace(model, inputs, gated=gated))
     row["groups"] = len(graph.groups)
     row["left_alone"] = dict(list(graph.left_alone.items())[:60])
     row["unknown_ops"] = dict(graph.unknown_ops)

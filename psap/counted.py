@@ -77,6 +77,26 @@ def group_norm(
     return _affine(y, vectors[0], vectors[1]).to(x.dtype)
 
 
+def standardised(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, share: float
+) -> Tensor:
+    """Weight standardisation: `torch.nn.functional.batch_norm` of filters of which a share is left.
+
+    Args:
+        x: [1, O, R], the filters as rows.
+        weight: [O] or None.
+        bias: [O] or None.
+        eps: added to the variance.
+        share: positions that are left over positions that there were; the others count as zero.
+
+    Returns:
+        A tensor of the shape and dtype of ``x``.
+    """
+    y = _standardised(_wide(x), [0, 2], share, eps)
+    vectors = [None if v is None else v.reshape(1, -1, 1) for v in (weight, bias)]
+    return _affine(y, vectors[0], vectors[1]).to(x.dtype)
+
+
 def rms_norm(
     x: Tensor, over: int, weight: Tensor | None, eps: float | None, share: float
 ) -> Tensor:

@@ -17,7 +17,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from psap.errors import TraceError
-from psap.graph.common import vector
 from psap.graph.groups import doubled
 from psap.graph.labels import Ints, plain
 from psap.graph.rules import RULES
@@ -39,6 +38,7 @@ class _Calls(TorchFunctionMode):
         self._tracer = tracer
         self.found: list[tuple[tuple[str, ...], Tensor]] = []
         self.read: list[tuple[tuple[str, ...], Tensor]] = []
+        self.views: list[tuple[tuple[str, ...], str]] = []
         self.sized: set[tuple[str, ...]] = set()
 
     def _own_groups(self) -> bool:
@@ -59,9 +59,11 @@ class _Calls(TorchFunctionMode):
             if name in ("view", "reshape", "expand"):
                 self.sized.add(where)
             for tensor in tree_leaves((args[:1], out)):
-                labels = vector(self._tracer, tensor)
+                labels = self._tracer.get(tensor)
                 if labels is not None:
                     self.found.append((where, plain(labels)))
+                elif (view := self._tracer.view(tensor)) is not None:
+                    self.views.append((where, view.name))
         elif name in ("__get__", "size") and (labels := self._tracer.get(args[0])) is not None:
             self.read.append((self._tracer.where(), plain(labels)))
         return out
@@ -107,6 +109,9 @@ def _found(
     # A size that is read off a tensor which shrinks may be that of another one which does not.
     calls.found += [(where, labels) for where, labels in calls.read if where in calls.sized]
     calls.found += tracer.counted
+    for where, name in calls.views:
+        sides = [labels for (owner, _), labels in tracer.along.items() if owner == name]
+        calls.found += [(where, plain(labels)) for labels in sides]
     names = {where[-1] for where, labels in calls.found if not bool(stays[labels].all())}
     return {name: given.get(name, {}) for name in sorted(names)}
 

@@ -19,7 +19,6 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
 from psap.errors import VerificationError
-from psap.graph.common import vector
 from psap.graph.groups import Side
 from psap.graph.labels import Ints, plain
 from psap.graph.rules import RULES
@@ -42,9 +41,12 @@ class _Recorder(fx.Interpreter):
         """Run one node; keep what rewriting needs to know about its result."""
         value = super().run_node(n)
         if isinstance(value, Tensor):
-            labels = vector(self.tracer, value)
+            labels = self.tracer.get(value)
+            view = self.tracer.view(value)
             if labels is not None:
                 self.record.labels[n] = plain(labels)
+            elif view is not None:
+                self.record.views[n] = view
             self.record.values[n] = value.shape
         elif isinstance(value, (tuple, list)) and all(isinstance(v, Tensor) for v in value):
             self.record.values[n] = [v.shape for v in value]
@@ -158,6 +160,9 @@ def _record(
     recorders = {name: _Recorder(part, tracer) for name, part in dense.items()}
     with untouched(model), _through(model, recorders):
         run(tracer, model, inputs, training=False)
+    for recorder in recorders.values():
+        recorder.record.kept = plan.kept()
+        recorder.record.shapes = tracer.shapes
     return {name: r.record for name, r in recorders.items()}, _alive(tracer, plan)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from psap import counted
 from psap.errors import VerificationError
 from psap.graph.labels import Ints
+from psap.graph.trace import MERGED, View
 
 Stays = list[Tensor | None]
 """For every dimension of an activation a bool mask [size], or None if all of it stays."""
@@ -26,15 +28,40 @@ class Record:
     Attributes:
         labels: channel labels of every value that has some.
         values: shapes of tensors, and values of everything else.
+        views: which parameter a value is.
+        kept: positions of each parameter that stay, by dimension.
+        shapes: shapes of the parameters.
     """
 
     labels: dict[fx.Node, Tensor] = field(default_factory=dict)
     values: dict[fx.Node, Any] = field(default_factory=dict)
+    views: dict[fx.Node, View] = field(default_factory=dict)
+    kept: Mapping[str, Mapping[int, tuple[int, ...]]] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def of_parameter(self, node: fx.Node) -> Stays | None:
+        """Which positions of a parameter stay, per dimension of the value that it is."""
+        view = self.views[node]
+        kept = self.kept.get(view.name, {})
+        if not kept:
+            return None
+        masks: list[Tensor] = []
+        for dim, size in enumerate(self.shapes[view.name]):
+            mask = torch.full((size,), dim not in kept)
+            mask[list(kept.get(dim, ()))] = True
+            masks.append(mask)
+        rest = torch.ones(1, dtype=torch.bool)
+        for mask in masks[1:]:
+            rest = (rest[:, None] & mask).reshape(-1)
+        found = {-1: None, MERGED: rest, **dict(enumerate(masks))}
+        return [None if (m := found[d]) is None or bool(m.all()) else m for d in view.dims]
 
 
 def _stays(node: Any, record: Record, alive: Ints) -> Stays | None:
     """Which positions of an activation stay, per dimension; None if nothing goes."""
     labels = record.labels.get(node)
+    if node in record.views:
+        return record.of_parameter(node)
     if labels is None:
         return None
     lives = torch.from_numpy(alive)[labels].bool()
@@ -59,7 +86,7 @@ def _stays(node: Any, record: Record, alive: Ints) -> Stays | None:
     return masks
 
 
-COUNTS = ("layer_norm", "group_norm", "rms_norm", "mean")
+COUNTS = ("layer_norm", "group_norm", "rms_norm", "batch_norm", "mean")
 """Calls that divide by a number of channels."""
 
 
@@ -69,12 +96,20 @@ def _count(node: fx.Node, twin: fx.Node, shape: torch.Size, before: Stays) -> No
     if name == "mean":
         _mean(node, twin, shape, before)
         return
-    if node.target not in (F.layer_norm, F.group_norm, F.rms_norm):
+    if name == "batch_norm" and node.target is not F.batch_norm:
+        return
+    if node.target not in (F.layer_norm, F.group_norm, F.rms_norm, F.batch_norm):
         raise VerificationError(f"{name} at {node.name} has no rewriting rule")
     bound = inspect.signature(node.target).bind(*twin.args, **twin.kwargs)
     bound.apply_defaults()
     given = bound.arguments
-    if name == "group_norm":
+    if name == "batch_norm":
+        share = _share(shape, before, [d for d in range(len(shape)) if d != 1])
+        if share == 1:
+            return
+        twin.target = counted.standardised
+        how = [given["weight"], given["bias"]]
+    elif name == "group_norm":
         share = _share(shape, before, [1])
         twin.target = counted.group_norm
         how = [given["num_groups"], given["weight"], given["bias"]]

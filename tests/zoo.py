@@ -27,6 +27,7 @@ from zoo_blocks import (
     shifted,
     sorted_outputs,
     split_attention,
+    standard_filters,
 )
 from zoo_nets import (
     attention,
@@ -176,6 +177,26 @@ CASES: dict[str, Case] = {
         weight_norm,
         last=6,
         alone={"stem": "computed in forward", "one.parametrizations.weight": "weight_norm"},
+    ),
+    "filters standardised by a batch norm": _case(
+        lambda: standard_filters(3, 1), stem=8, one=10, two=6, last=6, graph=1
+    ),
+    "filters standardised, 1x1": _case(
+        lambda: standard_filters(1, 1), stem=8, one=10, two=6, last=6, graph=1
+    ),
+    "filters standardised, grouped": _case(
+        lambda: standard_filters(3, 2), stem=8, one=5, two=3, last=6, graph=1
+    ),
+    "filters standardised, of what is not zero": _case(
+        lambda: standard_filters(3, 1, 1.0),
+        stem=8,
+        two=6,
+        last=6,
+        graph=1,
+        alone={"one": "not stay zero after add of a constant"},
+    ),
+    "filters standardised, depthwise": _case(
+        lambda: standard_filters(3, 10), stem=8, one=10, last=6, graph=1
     ),
     "attention": _case(
         attention,

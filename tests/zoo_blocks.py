@@ -125,6 +125,35 @@ def global_response_norm() -> nn.Module:
     )  # fmt: skip
 
 
+class StandardConv(nn.Conv2d):
+    """Weight standardisation with a gain, by a batch norm of the filters."""
+
+    def __init__(self, c: int, o: int, k: int, groups: int) -> None:
+        super().__init__(c, o, k, padding=k // 2, groups=groups)
+        self.gain = nn.Parameter(torch.rand(o, 1, 1, 1) + 0.5)
+        self.scale = 0.3
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.weight.reshape(1, self.out_channels, -1)
+        gain = (self.gain * self.scale).view(-1)
+        rows = F.batch_norm(rows, None, None, weight=gain, training=True, momentum=0.0, eps=1e-6)
+        weight = rows.reshape_as(self.weight)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, groups=self.groups)
+
+
+def standard_filters(kernel: int, groups: int, shift: float = 0.0) -> nn.Module:
+    """Between others, since what a filter reads takes part in its mean and variance."""
+
+    def body(m: Any, x: Tensor) -> Tensor:
+        return F.silu(m.two(F.gelu(m.one(x)) + shift))
+
+    out = 10 if groups == 10 else 6
+    return block(
+        8, body, one=StandardConv(8, 10, kernel, 1), two=StandardConv(10, out, kernel, groups),
+        last=conv(out, 6),
+    )  # fmt: skip
+
+
 def mean_gate() -> nn.Module:
     """A map of the mean over the channels, as in CBAM."""
 

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from psap.graph.common import channels_along, computed, first, freeze_all
 from psap.graph.labels import plain
-from psap.graph.trace import Args, Tracer, View
+from psap.graph.trace import MERGED, Args, Tracer, View
 
 
 def _consume(t: Tracer, x: Tensor, dim: int, weight: Tensor, weight_dim: int, op: str) -> None:
     """Tie the channels of ``x`` to the input side of a weight."""
     labels = t.get(x)
-    side = t.claim(weight, weight_dim, "in" if labels is None else t.reading(labels))
+    side = _reads(t, weight, weight_dim, labels)
     if labels is None:
         t.freeze(side, "reads data that has no channels to prune")
         return
@@ -23,6 +23,25 @@ def _consume(t: Tracer, x: Tensor, dim: int, weight: Tensor, weight_dim: int, op
         t.freeze(side, f"reads channels that {op} cannot lose")
     else:
         t.labels.unite(channels, side)
+
+
+def _reads(t: Tracer, weight: Tensor, dim: int, labels: Tensor | None) -> Tensor:
+    """The side of a weight that reads these labels.
+
+    Standardised filters count what they read: it must be zero in the masked weights, too; what they
+    read must be zero all the same, since zeros do not stay zero when a mean is subtracted.
+    """
+    view = t.view(weight)
+    if view is None or not view.standard or t.shapes[view.name][view.dims[dim]] == 1:
+        return t.claim(weight, dim, "in" if labels is None else t.reading(labels))
+    if labels is not None:
+        t.settle(labels)
+    side = t.claim(weight, dim, "in" if t.gated else "cut")
+    if t.gated:
+        t.freeze(side, "weight standardisation over it: its statistics would change")
+    else:
+        t.count_channels(side)
+    return side
 
 
 def convolution(t: Tracer, a: Args, out: Tensor) -> None:
@@ -68,7 +87,7 @@ def _grouped(t: Tracer, x: Tensor, weight: Tensor, groups: int) -> Tensor | None
         t.labels.unite(channels.repeat_interleave(weight.shape[0] // groups), gives)
         return gives
     by_group = channels.view(groups, -1)
-    t.labels.unite(by_group, t.claim(weight, 1, t.reading(labels)))
+    t.labels.unite(by_group, _reads(t, weight, 1, labels))
     rows = gives.view(groups, -1)
     t.labels.unite(rows, rows[0])
     return gives
@@ -86,7 +105,7 @@ def _grouped_back(t: Tracer, x: Tensor, weight: Tensor, groups: int) -> Tensor |
         t.labels.unite(channels, t.claim(weight, 0, "out"))
         t.labels.freeze(t.claim(weight, 1, "in"), "depthwise")
         return channels.repeat_interleave(weight.shape[1])
-    reads = t.claim(weight, 0, t.reading(labels))
+    reads = _reads(t, weight, 0, labels)
     t.labels.unite(channels, reads)
     rows = reads.view(groups, -1)
     t.labels.unite(rows, rows[0])
@@ -150,6 +169,8 @@ def bmm(t: Tracer, a: Args, out: Tensor) -> None:
 def batch_norm(t: Tracer, a: Args, out: Any) -> None:
     """Per-channel statistics and an affine pair; a zeroed pair makes the channel zero."""
     x, y = a["input"], first(out)
+    if t.view(x) is not None and _standardises(t, a, y):
+        return
     vectors = [a.get(key) for key in ("weight", "bias", "running_mean", "running_var")]
     labels = t.get(x)
     if labels is not None and any(t.get(v) is None for v in vectors if computed(t, v)):
@@ -177,6 +198,26 @@ def batch_norm(t: Tracer, a: Args, out: Any) -> None:
         if source is not None:
             t.normalised.setdefault(source, set()).add(view.name)
     t.set(y, labels)
+
+
+def _standardises(t: Tracer, a: Args, out: Tensor) -> bool:
+    """Weight standardisation: a batch norm of filters, [1, O, rest], by their own statistics."""
+    x, gain = a["input"], a["weight"]
+    view = t.view(x)
+    rows = view is not None and view.dims in ((-1, 0, MERGED), (-1, 0, 1))
+    if view is None or not rows or a["running_mean"] is not None:
+        return False
+    channels = t.claim(x, 1, "out")
+    if isinstance(gain, Tensor) and t.view(gain) is not None:
+        t.labels.unite(t.claim(gain, 0, "out"), channels)
+    elif isinstance(gain, Tensor):
+        _computed(t, t.get(gain), channels, "out")
+    if a["bias"] is not None:
+        t.freeze(channels, "standardised filters with a shift")
+        freeze_all(t, "standardised filters with a shift", a["bias"])
+    t.set_view(out, View(view.name, view.dims, True))
+    t.closed = True
+    return True
 
 
 def _computed(t: Tracer, labels: Tensor | None, channels: Tensor, role: str) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from psap.graph.common import first, reduced, vector
 from psap.graph.labels import TAINT
-from psap.graph.trace import Args, Rule, Tracer, View
+from psap.graph.trace import MERGED, Args, Rule, Tracer, View
 
 
 def pools(t: Tracer, a: Args, out: Any) -> None:
@@ -35,8 +35,9 @@ def reshapes(t: Tracer, a: Args, out: Tensor) -> None:
     view = t.view(x)
     if view is not None:
         dims = _stretched(tuple(x.shape), tuple(out.shape), view.dims)
+        dims = dims or _merged(t.shapes[view.name], tuple(out.shape), view.dims)
         if dims is not None:
-            t.set_view(out, View(view.name, dims))
+            t.set_view(out, View(view.name, dims, view.standard))
             t.keep_view(x)
         return
     labels = t.get(x)
@@ -80,6 +81,18 @@ def _stretched(
     return tuple(next(left) if size != 1 else -1 for size in new)
 
 
+def _merged(
+    whole: tuple[int, ...], new: tuple[int, ...], dims: tuple[int, ...]
+) -> tuple[int, ...] | None:
+    """The dimensions of a weight after a view as rows of filters, [1, O, rest], or back."""
+    straight = tuple(range(len(whole)))
+    if MERGED in dims and new == whole:
+        return straight
+    if dims == straight and new[-2:] == (whole[0], math.prod(whole[1:])) and len(new) < 4:
+        return (*[-1] * (len(new) - 2), 0, MERGED)
+    return None
+
+
 def restrides(t: Tracer, a: Args, out: Tensor) -> None:
     """``as_strided_`` of a pooled [N, C, 1, 1] to channels_last: the same elements in place."""
     labels = t.get(a["self"])
@@ -106,7 +119,7 @@ def permutes(op: Any) -> Rule:
         rest = [v for k, v in a.items() if k != "self"]
         view = t.view(x)
         if view is not None:
-            t.set_view(out, View(view.name, _permuted(op, view.dims, rest)))
+            t.set_view(out, View(view.name, _permuted(op, view.dims, rest), view.standard))
             t.keep_view(x)
             return
         labels = t.full(x)

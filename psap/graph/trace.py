@@ -51,11 +51,17 @@ class View:
     Attributes:
         name: canonical name in ``named_parameters`` / ``named_buffers``.
         dims: for every dimension of the tensor, the dimension of the parameter, or -1 for a new
-            one of size 1.
+            one of size 1, or `MERGED`.
+        standard: whether its filters have been standardised, over all that they read.
     """
 
     name: str
     dims: tuple[int, ...]
+    standard: bool = False
+
+
+MERGED = -2
+"""All dimensions of a weight but the first, in one."""
 
 
 class Tracer(TorchDispatchMode):
@@ -127,7 +133,7 @@ class Tracer(TorchDispatchMode):
         key = (view.name, view.dims[dim])
         self._claimed.add(view.name)
         if view.dims[dim] < 0:
-            fixed = self.labels.new(1)
+            fixed = self.labels.new(tensor.shape[dim])
             self.labels.freeze(fixed, f"{view.name} has no such dimension")
             return fixed
         if key not in self.along:

@@ -46,6 +46,30 @@ def test_zeros_count(name: str) -> None:
     torch.testing.assert_close(found, wanted if name == "mean" else wanted[..., KEEP])
 
 
+def test_zeros_count_in_standardised_filters() -> None:
+    rows, gain = torch.randn(1, 6, 8).double() + 2, torch.randn(6).double()
+    masked = rows.clone()
+    masked[..., [0, 4, 5]] = 0
+    keep = torch.tensor([1, 2, 3, 6, 7])
+    wanted = F.batch_norm(masked, None, None, gain, training=True, eps=1e-3)[..., keep]
+    found = counted.standardised(rows[..., keep], gain, None, 1e-3, 5 / 8)
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize(
+    "name", ["filters standardised by a batch norm", "filters standardised, 1x1"]
+)
+def test_a_gated_trace_keeps_what_standardised_filters_read(name: str) -> None:
+    model = randomise(CASES[name].make())
+    graph = psap.trace(model, image(), gated=True)
+    assert {group.name for group in graph.groups} == {"two", "last"}
+    assert "weight standardisation over it" in graph.left_alone["stem"]
+    plan = psap.plan(graph, ratio=0.5)
+    result = psap.apply(model, plan)
+    assert result.mode == "module"
+    assert_exact(model, plan, result.model, (image(),))
+
+
 def test_zeros_count_in_every_group() -> None:
     x, w, b = torch.randn(2, 8, 3, 3).double() + 5, torch.randn(8).double(), torch.randn(8).double()
     keep = torch.tensor([1, 2, 3, 5, 6, 7])  # three of four channels of either group
