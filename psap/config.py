@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from psap.errors import ArgumentError, ArgumentTypeError
 
-Protect = Literal["gate", "pulse", "none"]
+Protect = Literal["gate", "price", "pulse", "none"]
 Schedule = Literal["cubic", "linear"]
 Adapt = Literal["sparsity", "uniform"]
 
@@ -81,13 +81,16 @@ class Config:
         min_channels: no group keeps fewer channels.
         round_to: kept widths are multiples of this where the group allows.
         score: importance of a filter, layer-normalised.
-        protect: "gate" keeps saved copies behind an epsilon gate; "pulse" also supervises gradients
-            after each prune step and restores filters; "none" zeroes the filters.
+        protect: "gate" keeps saved copies behind an epsilon gate; "price" also supervises gradients
+            after each prune step, and prunes less where pruned filters turn out to be useful for
+            their cost; "pulse" supervises and restores filters at once; "none" zeroes the filters.
         gate_eps: factor of the gate.
-        window: K, optimizer steps of supervision after each prune step (protect="pulse").
-        z_threshold: significance that a restored filter must reach.
-        restore_share: largest share of freshly pruned filters that one window restores.
-        restore_bonus: added to the score of a restored filter.
+        window: K, optimizer steps of supervision after a prune step (protect="price", "pulse").
+        price_power: how strongly prices act on the ratios (protect="price").
+        price_limit: prices change no ratio by more than this factor (protect="price").
+        z_threshold: significance that a restored filter must reach (protect="pulse").
+        restore_share: largest share of freshly pruned filters that one window restores ("pulse").
+        restore_bonus: added to the score of a restored filter (protect="pulse").
         progressive: remove pruned channels from the model and the optimizer, in place, as soon as a
             prune step (or its window) is over, so that the rest of the training is faster. They
             cannot return. Not inside of ``DistributedDataParallel``.
@@ -115,6 +118,8 @@ class Config:
     protect: Protect = "gate"
     gate_eps: float = 1e-3
     window: int = 8
+    price_power: float = 0.5
+    price_limit: float = 3.0
     z_threshold: float = 3.0
     restore_share: float = 0.1
     restore_bonus: float = 0.3
@@ -138,12 +143,14 @@ class Config:
         share = "in [0, 1]"
         for name in ("sparsity_ema", "max_ratio", "restore_share", "gate_eps", "stream_factor"):
             _real("Config", name, getattr(self, name), 0.0, 1.0, share)
-        for name in ("sparsity_alpha", "sparsity_power", "z_threshold", "restore_bonus"):
+        not_negative = ("sparsity_alpha", "sparsity_power", "price_power")
+        for name in (*not_negative, "z_threshold", "restore_bonus"):
             _real("Config", name, getattr(self, name), 0.0, 1e6, ">= 0")
+        _real("Config", "price_limit", self.price_limit, 1.0, 1e6, ">= 1")
         for name in ("progressive", "verify"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ArgumentTypeError(f"Config.{name} is {value!r}; pass True or False")
         _choice("Config", "schedule", self.schedule, ("cubic", "linear"))
         _choice("Config", "adapt", self.adapt, ("sparsity", "uniform"))
-        _choice("Config", "protect", self.protect, ("gate", "pulse", "none"))
+        _choice("Config", "protect", self.protect, ("gate", "price", "pulse", "none"))
         _choice("Config", "score", self.score, ("l1", "l2"))

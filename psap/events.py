@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -74,6 +74,9 @@ class WindowEvent:
         skipped: optimizer steps left out, because a gradient was not finite.
         supervised: freshly pruned channels that were watched, per group.
         candidates: the watched channels with a positive value, best first.
+        prices: what one more unit of cost is worth per group, where something is pruned
+            (protect="price").
+        factors: on the pruning ratio per group at the next prune step (protect="price").
     """
 
     step: int
@@ -82,6 +85,8 @@ class WindowEvent:
     skipped: int
     supervised: dict[str, int]
     candidates: tuple[Candidate, ...]
+    prices: dict[str, float] = field(default_factory=dict)
+    factors: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values."""

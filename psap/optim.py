@@ -220,3 +220,32 @@ def detach(handles: list[RemovableHandle]) -> None:
     """Remove the hooks that `attach` made."""
     for handle in handles:
         handle.remove()
+
+
+def reading(
+    args: tuple[Any, ...], kwargs: dict[str, Any], read: Callable[[bool], None]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """In a hook before a step: read the gradients once they are complete.
+
+    Args:
+        args: positional arguments of the step, the optimizer first.
+        kwargs: its keyword arguments.
+        read: called at once, or after every call of the step's closure; with True the first time.
+
+    Returns:
+        What the hook shall return: arguments with a closure that reads, or None.
+    """
+    closure = args[1] if len(args) > 1 else kwargs.get("closure")
+    if closure is None:
+        read(True)
+        return None
+    first = True
+
+    def closed() -> Any:
+        nonlocal first
+        loss = closure()
+        read(first)
+        first = False
+        return loss
+
+    return args[:1], {**kwargs, "closure": closed}

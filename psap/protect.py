@@ -1,4 +1,4 @@
-"""Protective reconstruction: which pruned channels the supervised gradients bring back.
+"""Supervision windows: what the gradients say of pruned channels, and which of them come back.
 
 While a window is open, the gate derivative d of every channel (`psap.gates`) is accumulated over n
 optimizer steps. The usefulness of a channel is ``v = -S1 / n`` with ``S1 = sum d``; its
@@ -129,7 +129,9 @@ class Window:
         found = []
         for i in useful:
             back = z[i] > config.z_threshold and allowed > 0
-            if z[i] <= config.z_threshold:
+            if config.protect == "price":
+                back, reason = False, "counts in the price of its group"
+            elif z[i] <= config.z_threshold:
                 reason = f"not significant: z = {z[i]:.1f}, needs more than {config.z_threshold:g}"
             elif not back:
                 reason = "the share that one window restores went to more useful ones"

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from psap import optim, plans, scores, selection
+from psap import optim, plans, prices, scores, selection
 from psap.config import Config
 from psap.errors import ArgumentTypeError, PsapError, StateError
 from psap.events import PruneEvent, WindowEvent, event_to_json
@@ -103,6 +103,7 @@ class Pruner:
         self._bonus: Floats = np.zeros(count)
         self._window = Window(len(self._alive), self.gates.device)
         self._sparsity: Floats | None = None
+        self._factors: Floats = np.ones(len(self.graph.groups))
         self._step = self._calls = self._iteration = 0
         self._left = 0
         self._final = self._finished = self._closed = False
@@ -165,10 +166,12 @@ class Pruner:
         mean = sparsity if past is None else ema * past + (1 - ema) * sparsity
         mean = self._ranks.agree(mean, "sparsity ratios")
         target = target_at(step, config)
-        widths = selection.widths(self.graph, self.cost, self._bounds, mean, target, config)
-        alive = selection.strongest(self.graph, stats, widths, self._alive, self._bonus, config)
-        alive = self._ranks.agree(alive, "masks")
+        widths = selection.widths(
+            self.graph, self.cost, self._bounds, mean, self._factors, target, config
+        )
         before = self._alive
+        alive = selection.strongest(self.graph, stats, widths, before, self._bonus, config)
+        alive = self._ranks.agree(alive, "masks")
         self.gates.open(alive & ~before)
         self._alive = alive
         self.gates.close(alive)
@@ -177,10 +180,11 @@ class Pruner:
         done = Pruned(target, sparsity, mean, alive, self._fresh, alive & ~before)
         when = {"step": step, "call": self._calls, "iteration": self._iteration}
         self.events.append(prune_event(self._lineage, done, **when))
-        if config.protect == "pulse":
+        last = step == config.prune_steps
+        if config.protect == "pulse" or (config.protect == "price" and not last):
             self._window = Window(len(self._alive), self.gates.device)
             self._left = config.window
-        elif step == config.prune_steps:
+        elif last:
             self._finalise()
         else:
             self._cut()
@@ -217,28 +221,10 @@ class Pruner:
 
     # Supervision
 
-    def _before_optimizer(
-        self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Gradients are complete, or will be when the optimizer has called its closure."""
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if not self._left:
-            return None
-        if closure is None:
-            self._read_gradients(observe=True)
-            return None
-        first = True
+    def _before_optimizer(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return optim.reading(args, kwargs, self._read_gradients) if self._left else None
 
-        def supervised() -> Any:
-            nonlocal first
-            loss = closure()
-            self._read_gradients(observe=first)
-            first = False
-            return loss
-
-        return args[:1], {**kwargs, "closure": supervised}
-
-    def _read_gradients(self, *, observe: bool) -> None:
+    def _read_gradients(self, observe: bool) -> None:
         if observe:  # once per optimizer step
             self._window.move(self.gates.device)
             self.gates.observe(self._window.sums, self._window.seen)
@@ -258,7 +244,7 @@ class Pruner:
             self.gates.hold(whole=False)
 
     def _close_window(self) -> None:
-        """Restore what supervision found useful; at the last step by a strict swap."""
+        """Act on what supervision found: on the ratios to come, or by restoring channels."""
         self._left = 0
         last = self._step == self.config.prune_steps
         self._window.agree(self._ranks)
@@ -268,8 +254,16 @@ class Pruner:
             self._alive = (self._alive | verdict.restored) & ~verdict.dropped
             self._bonus[verdict.restored] += self.config.restore_bonus
             self.gates.close(self._alive)
+        priced = None
+        if self.config.protect == "price":
+            priced = prices.adjusted(
+                self._lineage, self._window, self._alive, self._factors, self.config
+            )
+            self._factors = priced[1]
         when = {"step": self._step, "iteration": self._iteration}
-        self.events.append(window_event(self._lineage, self._window, verdict, self._fresh, **when))
+        self.events.append(
+            window_event(self._lineage, self._window, verdict, self._fresh, priced, **when)
+        )
         self._fresh = np.zeros_like(self._alive)
         if last:
             self._finalise()
@@ -368,6 +362,7 @@ class Pruner:
             "alive": torch.from_numpy(self._alive.copy()),
             "fresh": torch.from_numpy(self._fresh.copy()),
             "bonus": torch.from_numpy(self._bonus.copy()),
+            "factors": torch.from_numpy(self._factors.copy()),
             "window": self._window.state_dict(),
             "sparsity": None if self._sparsity is None else torch.from_numpy(self._sparsity.copy()),
             "saved": self.gates.state_dict(),
@@ -394,6 +389,7 @@ class Pruner:
         self.gates.saved = found.saved
         self._alive, self._fresh, self._bonus = found.alive, found.fresh, found.bonus
         self._window, self._sparsity, self.events = found.window, found.sparsity, found.events
+        self._factors = found.factors
         for name, value in found.counters.items():
             setattr(self, f"_{name}", value)
         self._trained = -1  # a state may be taken after the training of an epoch, before its step

@@ -36,6 +36,7 @@ class PrunerState:
     fresh: Bools
     bonus: Floats
     window: Window
+    factors: Floats
     sparsity: Floats | None
     saved: dict[Side, Saved]
     events: list[PruneEvent | WindowEvent]
@@ -87,7 +88,12 @@ def prune_event(lineage: Lineage, done: Pruned, **when: int) -> PruneEvent:
 
 
 def window_event(
-    lineage: Lineage, window: Window, verdict: Verdict, fresh: Bools, **when: int
+    lineage: Lineage,
+    window: Window,
+    verdict: Verdict,
+    fresh: Bools,
+    priced: tuple[Floats, Floats] | None = None,
+    **when: int,
 ) -> WindowEvent:
     """The record of one window.
 
@@ -96,14 +102,21 @@ def window_event(
         window: the window.
         verdict: what it found.
         fresh: bool [channels], what it supervised.
+        priced: prices and factors, float64 [groups] each.
         when: step and iteration.
     """
+    names = [g.name for g in lineage.graph.groups]
+    price, factor = (
+        ({}, {}) if priced is None else (dict(zip(names, x, strict=True)) for x in priced)
+    )
     return WindowEvent(
         **when,
         observed=window.observed,
         skipped=window.skipped,
         supervised={name: len(found) for name, found in by_group(lineage, fresh).items()},
         candidates=verdict.candidates,
+        prices={name: float(p) for name, p in price.items() if np.isfinite(p)},
+        factors={name: float(f) for name, f in factor.items()},
     )
 
 
@@ -237,6 +250,7 @@ def _read(state: Mapping[str, Any], config: Config, gates: Gates) -> PrunerState
         fresh=_array(state, "fresh", np.zeros(channels, dtype=bool)),
         bonus=_array(state, "bonus", np.zeros(channels)),
         window=window,
+        factors=_array(state, "factors", np.ones(len(groups))),
         sparsity=None if none else _array(state, "sparsity", np.zeros(len(groups))),
         saved=gates.read_state(state["saved"], alive, empty=counters["final"]),
         events=[event_from_json(event) for event in state["events"]],

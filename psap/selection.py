@@ -42,12 +42,23 @@ def widths(
     cost: CostModel,
     limits: Sequence[schedule.Limits],
     sparsity: Floats,
+    factors: Floats,
     target: Target,
     config: Config,
 ) -> schedule.Ints:
-    """The width of every group that just keeps the budget (docs/method.md, equation 3)."""
+    """The width of every group that just keeps the budget (docs/method.md, equation 3).
+
+    Args:
+        graph: the channel graph.
+        cost: the cost model of the dense network.
+        limits: the limits of every group.
+        sparsity: float64 [groups], weight sparsity ratios.
+        factors: float64 [groups], on the ratios; besides that on residual streams.
+        target: the budget.
+        config: how sparsity becomes a ratio.
+    """
     streams = np.array([len(g.producers) > 1 for g in graph.groups])
-    factors = np.where(streams, config.stream_factor, 1.0)
+    factors = np.where(streams, config.stream_factor, 1.0) * factors
     ratios = sparsity if config.adapt == "sparsity" else np.ones_like(sparsity)
     budget = Budget(cost, target)
     return schedule.solve(ratios, factors, config.sparsity_power, limits, budget.fits, budget.room)

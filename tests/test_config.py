@@ -33,6 +33,8 @@ def test_defaults_are_those_of_the_method() -> None:
         "protect": "gate",
         "gate_eps": 1e-3,
         "window": 8,
+        "price_power": 0.5,
+        "price_limit": 3.0,
         "z_threshold": 3.0,
         "restore_share": 0.1,
         "restore_bonus": 0.3,
@@ -83,7 +85,7 @@ def test_a_target_needs_a_bound() -> None:
 
 
 SHARES = ("sparsity_ema", "max_ratio", "restore_share", "gate_eps", "stream_factor")
-REALS = ("sparsity_alpha", "sparsity_power", "z_threshold", "restore_bonus")
+REALS = ("sparsity_alpha", "sparsity_power", "price_power", "z_threshold", "restore_bonus")
 COUNTS = ("prune_steps", "interval", "window", "min_channels", "round_to")
 CHOICES = ("schedule", "adapt", "protect", "score")
 
@@ -94,6 +96,7 @@ REFUSED: list[tuple[str, Any, type[Exception]]] = [
     *[(n, v, psap.ArgumentError) for n in COUNTS for v in (0, -3)],
     *[(n, v, psap.ArgumentTypeError) for n in (*COUNTS, "warmup") for v in (1.0, "1", True, None)],
     ("warmup", -1, psap.ArgumentError),
+    *[("price_limit", v, psap.ArgumentError) for v in (0.9, 0, -1, math.nan, math.inf)],
     *[(n, v, psap.ArgumentError) for n in CHOICES for v in ("x", None, "", ["l2"], 3)],
     *[("target", v, psap.ArgumentTypeError) for v in (0.5, None, {"macs": 0.5})],
     *[("verify", v, psap.ArgumentTypeError) for v in ("no", None, 1)],

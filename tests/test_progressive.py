@@ -31,7 +31,7 @@ def dead(pruner: psap.Pruner) -> set[tuple[str, int]]:
 
 
 @pytest.mark.parametrize("name", NETS)
-@pytest.mark.parametrize("protect", ["gate", "pulse", "none"])
+@pytest.mark.parametrize("protect", ["gate", "price", "pulse", "none"])
 def test_the_network_shrinks_while_it_trains(name: str, protect: str, tmp_path: Path) -> None:
     optimizer = list(OPTIMIZERS)[len(name) % 4]
     model, opt, pruner = make(name, optimizer=optimizer, protect=protect, **PROGRESSIVE)
@@ -113,7 +113,7 @@ def advance(model: Any, opt: Any, pruner: psap.Pruner, start: int, stop: int) ->
 
 
 @pytest.mark.parametrize("at", [3, 5, 6, 9, 11, 17, 22])
-@pytest.mark.parametrize("protect", ["gate", "pulse"])
+@pytest.mark.parametrize("protect", ["gate", "price", "pulse"])
 def test_a_resumed_run_has_the_same_bits(protect: str, at: int, tmp_path: Path) -> None:
     options = {**PROGRESSIVE, "protect": protect, "z_threshold": 0.3, "restore_share": 0.5}
     model, opt, pruner = make("residual", **options)
@@ -253,10 +253,10 @@ def test_a_failed_cut_leaves_the_module_what_it_was(monkeypatch: pytest.MonkeyPa
     values = copy.deepcopy(model.state_dict())
 
     def broken(*_: Any) -> None:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt("stopped")
 
     monkeypatch.setattr(commit, "_move_state", broken)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="stopped"):
         psap.apply(model, plan, optimizer=opt, inplace=True)
     after = [(type(m), dict(vars(m)), dict(m._modules)) for m in model.modules()]
     assert [kind for kind, *_ in before] == [kind for kind, *_ in after]

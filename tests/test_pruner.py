@@ -172,7 +172,7 @@ def test_a_width_that_grows_takes_pruned_channels_back_bit_for_bit(
 
 
 @pytest.mark.parametrize("name", NETS)
-@pytest.mark.parametrize("protect", ["gate", "pulse", "none"])
+@pytest.mark.parametrize("protect", ["gate", "price", "pulse", "none"])
 def test_every_net_ends_on_budget_exact_and_zero(name: str, protect: str) -> None:
     """The last masks meet the target, hold at exact zero, and shrink exactly."""
     optimizer = list(OPTIMIZERS)[len(name) % 4]
@@ -243,10 +243,11 @@ def test_training_on_is_the_same_masked_and_shrunk(name: str, optimizer: str) ->
     assert small[0] != pytest.approx(small[-1], rel=1e-3)
 
 
-def test_same_seed_same_masks_and_events() -> None:
+@pytest.mark.parametrize("protect", ["price", "pulse"])
+def test_same_seed_same_masks_and_events(protect: str) -> None:
     outcomes = []
     for _ in range(2):
-        model, opt, pruner = make("residual", protect="pulse", z_threshold=0.5)
+        model, opt, pruner = make("residual", protect=protect, z_threshold=0.5)
         train(model, opt, pruner, epochs=3, iterations=4)
         train(model, opt, iterations=4)
         outcomes.append((pruner.masks(), pruner.events))
@@ -287,7 +288,7 @@ def test_the_pruner_computes_the_same_bits_on_any_number_of_threads(net: Any) ->
 
 
 @pytest.mark.parametrize("calls", [0, 1, 2])
-@pytest.mark.parametrize("protect", ["gate", "pulse", "none"])
+@pytest.mark.parametrize("protect", ["gate", "price", "pulse", "none"])
 @pytest.mark.filterwarnings(r"ignore:finish\(\) makes up:psap.PsapWarning")
 def test_an_early_finish_meets_the_target(calls: int, protect: str) -> None:
     model, opt, pruner = make("chain", protect=protect, prune_steps=5, window=9)

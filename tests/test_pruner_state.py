@@ -72,19 +72,22 @@ OPTIONS = {"protect": "pulse", "window": 3, "z_threshold": 0.3, "restore_share":
 @pytest.mark.parametrize("through", [through_tree, through_torch])
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("net", ["residual", "plain"])
+@pytest.mark.parametrize("protect", ["pulse", "price"])
 def test_a_resumed_run_has_the_same_bits(
-    phase: str, net: str, through: Callable[[Any, Path], Any], tmp_path: Path
+    phase: str, net: str, protect: str, through: Callable[[Any, Path], Any], tmp_path: Path
 ) -> None:
+    options = {**OPTIONS, "protect": protect}
     optimizer = "adamw" if net == "residual" else "sgd"
-    model, opt, pruner = make(net, optimizer=optimizer, **OPTIONS)
+    model, opt, pruner = make(net, optimizer=optimizer, **options)
     advance(model, opt, pruner, 0, PHASES[phase])
     saved = through(everything(model, opt, pruner), tmp_path)
     assert_same(saved["pruner"], pruner.state_dict(), "pruner")
     advance(model, opt, pruner, PHASES[phase], END)
     assert pruner.done
     kinds = [e["kind"] for e in pruner.state_dict()["events"]]
-    assert kinds == ["prune", "window"] * 3
-    other, opt2, resumed = make(net, optimizer=optimizer, seed=99, **OPTIONS)
+    assert kinds == (["prune", "window"] * 3)[: 6 if protect == "pulse" else 5]
+    assert (pruner._factors != 1).any() == (protect == "price")
+    other, opt2, resumed = make(net, optimizer=optimizer, seed=99, **options)
     other.load_state_dict(saved["model"])
     opt2.load_state_dict(saved["opt"])
     resumed.load_state_dict(saved["pruner"])
@@ -172,6 +175,8 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "alive type": (lambda s: {**s, "alive": "x"}, "damaged"),
     "fresh": (lambda s: {**s, "fresh": s["bonus"]}, "damaged: 'fresh'"),
     "bonus": (lambda s: {**s, "bonus": s["bonus"] * float("nan")}, "damaged: 'bonus'"),
+    "factors": (lambda s: {**s, "factors": torch.ones(3)}, "damaged: 'factors'"),
+    "no factors": (lambda s: _without(s, "factors"), "damaged"),
     "sparsity": (lambda s: {**s, "sparsity": torch.ones(9)}, "damaged: 'sparsity'"),
     "no sparsity": (lambda s: _without(s, "sparsity"), "damaged"),
     "window": (lambda s: {**s, "window": {**s["window"], "sums": None}}, "damaged"),
