@@ -153,7 +153,7 @@ struct Strided {
   // 32 bits: division of 64 bits is a call, and takes a stack.
   __device__ __forceinline__ void offsets(uint32_t index, int64_t* in_a, int64_t* in_b) const {
     int64_t first = 0, second = 0;
-#pragma unroll
+#pragma unroll 1
     for (int d = 3; d >= 0; d--) {
       const uint32_t at = index % static_cast<uint32_t>(size[d]);
       index /= static_cast<uint32_t>(size[d]);

@@ -190,7 +190,7 @@ __device__ __forceinline__ void finish(const StatsJob& job, const StatsOutput& o
 }
 
 template <class Table, bool kGrads, bool kInputs>
-__global__ void __launch_bounds__(kStatsThreads)
+__global__ void __launch_bounds__(kStatsThreads, Table::kInMemory ? 3 : 4)
     stats_kernel(PSAP_GRID_CONSTANT const Table table, PSAP_GRID_CONSTANT const StatsOutput out) {
   PSAP_SHARED(double, warps, [kStatsWarps][kTotals]);
   const int layer = find_job(table, blockIdx.x);
@@ -238,7 +238,7 @@ __global__ void __launch_bounds__(kStatsThreads)
       write_row(out, output, threadIdx.x, total);
     }
   }
-  finish(job, out, layer, filter, warps);
+  finish(jobs_of(table)[layer], out, layer, filter, warps);
 }
 
 template <class Table, class Stream>

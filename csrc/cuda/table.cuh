@@ -22,6 +22,7 @@ constexpr int kManyBytes = 32256;
 template <class J, int kBytes>
 struct ByValue {
   using Job = J;
+  static constexpr bool kInMemory = false;
   int32_t count;
   alignas(16) char bytes[kBytes];
   __device__ __forceinline__ const char* data() const { return bytes; }
@@ -30,6 +31,7 @@ struct ByValue {
 template <class J>
 struct ByPointer {
   using Job = J;
+  static constexpr bool kInMemory = true;
   int32_t count;
   const char* bytes;
   __device__ __forceinline__ const char* data() const { return bytes; }
