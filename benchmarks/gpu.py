@@ -130,21 +130,36 @@ def table(found: list[dict[str, Any]]) -> str:
                       *lines, ""])  # fmt: skip
 
 
-def sanitize(device: str = "cuda", timeout_s: float = 120) -> None:
+def sanitizer() -> str | None:
+    """Where compute-sanitizer is."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    places = [os.environ.get("PATH", ""), str(Path(home, "bin"))]
+    return shutil.which("compute-sanitizer", path=os.pathsep.join(places))
+
+
+def sanitize(device: str = "cuda", timeout_s: float = 120, skip: str = "") -> None:
     """Run every op under compute-sanitizer: memcheck, racecheck, initcheck.
 
-    Without the tool the ops run once without it, and it is said.
+    Args:
+        device: on "cpu" the ops run without the tool, which has nothing to do there.
+        timeout_s: seconds for each run.
+        skip: the reason why the ops are to run without the tool.
 
     Raises:
-        NoDevice: there is no GPU.
+        NoDevice: there is no GPU, or no compute-sanitizer and no reason to do without.
         CheckFailed: a tool, or the comparison with the reference, found something.
     """
     require(device)
-    tool = shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH')}:/usr/local/cuda/bin")
+    tool = None if skip or device == "cpu" else sanitizer()
+    if tool is None and not skip and device != "cpu":
+        raise registry.NoDevice(
+            "compute-sanitizer was not found, so nothing was checked: put the CUDA toolkit on PATH,"
+            " or set CUDA_HOME, or give the reason to do without: --skip REASON"
+        )
     for backend in backends(device):
         driver = [sys.executable, str(DRIVER), device, backend]
-        if tool is None or device == "cpu":
-            print("compute-sanitizer was not found: the ops run without it", file=sys.stderr)
+        if tool is None:
+            print(f"WITHOUT compute-sanitizer: {skip or 'no GPU is asked for'}", file=sys.stderr)
             _require_success(driver, timeout_s)
             continue
         for name in TOOLS if backend == "cuda" else TOOLS[:1]:

@@ -23,6 +23,9 @@ def inputs(dtype: torch.dtype, device: str) -> list[Tensor]:
     found.append(found[2].to(memory_format=torch.channels_last))
     found.append(torch.randn(4, 18, device=device).to(dtype)[:, ::2])
     found.append(torch.randn(4 * 9 + 1, device=device).to(dtype)[1:].view(4, 9))
+    # Filters of two pieces; positive, so that no digits cancel. Zeros of a pruned tensor.
+    found.append(torch.rand(2, 33_000, device=device).to(dtype))
+    found[-1][0] = 0
     return found
 
 
@@ -32,7 +35,12 @@ def ops(dtype: torch.dtype, device: str) -> dict[str, list[Tensor]]:
     w, g = inputs(dtype, device), inputs(dtype, device)
     g = [a.new_empty(a.shape).copy_(b) for a, b in zip(w, g, strict=True)]
     tau = torch.full((len(w),), 0.5, device=device)
-    stats = psap_kernels.layer_stats(w, g, tau=tau)
+    stats = psap_kernels.layer_stats(w, g, tau=tau, per_input=True)
+    alone = psap_kernels.layer_stats(w, tau=tau)
+    # More layers than fit into the arguments of a kernel.
+    many = list(torch.randn(600, 2, 5, device=device).to(dtype).unbind())
+    of_many = psap_kernels.layer_stats(many, many)
+    assert stats.input_weight_grad is not None
     rows = [torch.arange(0, len(t), 2, device=device) for t in w]
     columns = [torch.arange(0, t.shape[1], 2, device=device) if t.dim() > 1 else None for t in w]
     keep = [torch.arange(len(t), device=device) % 2 == 0 for t in w]
@@ -47,7 +55,12 @@ def ops(dtype: torch.dtype, device: str) -> dict[str, list[Tensor]]:
     table = torch.tensor(terms, dtype=torch.int32, device=device)
     psap_kernels.gate_stats_(sums, seen, w, g, table, starts, scale=0.5)
     return {
-        "layer_stats": [stats.filter_sums, stats.filter_counts, stats.layer_sums],
+        "layer_stats": [
+            x
+            for each in (stats, alone, of_many)
+            for x in (each.filter_sums, each.filter_counts, each.layer_sums, each.layer_counts)
+        ],
+        "layer_stats per input": [stats.input_weight_grad],
         "abs_histogram": [psap_kernels.abs_histogram(w, bins=2048)],
         "gate_stats_": [sums, seen],
         "shrink": psap_kernels.shrink(w, rows, columns),
@@ -63,7 +76,7 @@ def compare(name: str, got: list[Tensor], want: list[Tensor]) -> None:
         RuntimeError: the op is wrong.
     """
     loose: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5, "equal_nan": True}
-    if name not in ("layer_stats", "gate_stats_"):
+    if name not in ("layer_stats", "layer_stats per input", "gate_stats_"):
         loose = {"rtol": 0, "atol": 0, "equal_nan": True}
     for a, b in zip(got, want, strict=True):
         if not torch.allclose(a.double(), b.double(), **loose):

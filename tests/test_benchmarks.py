@@ -147,6 +147,26 @@ def test_the_driver_of_the_sanitizer(capfd):
         gpu._require_success([sys.executable, "-c", "raise SystemExit(3)"], 60)
 
 
+def test_without_the_sanitizer_nothing_passes(monkeypatch, capsys):
+    ran = []
+    monkeypatch.setattr(gpu, "require", lambda device: None)
+    monkeypatch.setattr(gpu, "backends", lambda device: ("cuda", "triton"))
+    monkeypatch.setattr(gpu, "_require_success", lambda command, timeout_s: ran.append(command))
+    monkeypatch.setattr(gpu.shutil, "which", lambda name, path: None)
+    with pytest.raises(registry.NoDevice, match="compute-sanitizer was not found, so nothing was"):
+        gpu.sanitize()
+    assert ran == []
+    gpu.sanitize(skip="the image has no toolkit")
+    assert [command[-2:] for command in ran] == [["cuda", "cuda"], ["cuda", "triton"]]
+    assert "WITHOUT compute-sanitizer: the image has no toolkit" in capsys.readouterr().err
+    ran.clear()
+    monkeypatch.setattr(gpu.shutil, "which", lambda name, path: f"/bin/{name}")
+    gpu.sanitize()
+    assert [command[:3] for command in ran] == [
+        ["/bin/compute-sanitizer", "--tool", tool] for tool in (*gpu.TOOLS, gpu.TOOLS[0])
+    ]
+
+
 def test_roofline_counts_launches_and_bytes(tmp_path, capsys):
     x = torch.empty(1000, device="meta")
     assert roofline.count(lambda: (x.view(10, 100) * x.view(10, 100)).abs()) == (2, 20_000)
