@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from psap.graph.common import channels_along, first, freeze_all, vector
-from psap.graph.labels import TAINT, plain, tainted
+from psap.graph.labels import TAINT
 from psap.graph.trace import Args, Rule, Tracer
 
 
@@ -119,8 +119,7 @@ def _binary(t: Tracer, a: Args, out: Tensor, product: bool, name: str) -> None:
     if _spread(t, (x, left), (y, right), out, product, name):
         return
     t.labels.unite(left, right)
-    bits = tainted(left) & tainted(right) if product else tainted(left) | tainted(right)
-    t.set(out, plain(left) + torch.zeros_like(plain(right)) | bits)
+    t.set(out, left & (right | TAINT - 1) if product else left | right & TAINT)
 
 
 def _same_rank(a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor]:

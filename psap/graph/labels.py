@@ -31,13 +31,27 @@ def compact(labels: Tensor) -> Tensor:
     Returns:
         A view that broadcasts back to the shape of ``labels``.
     """
-    for dim in range(labels.dim()):
-        if labels.size(dim) > 1 and labels.stride(dim) == 0:
+    for dim, (size, stride) in enumerate(zip(labels.shape, labels.stride(), strict=True)):
+        if size > 1 and stride == 0:
             labels = labels.narrow(dim, 0, 1)
-    for dim in range(labels.dim()):
-        if labels.size(dim) > 1 and bool((labels == labels.narrow(dim, 0, 1)).all()):
+    if labels.numel() == 1:
+        return labels
+    numbers = labels.numpy()
+    for dim, size in enumerate(numbers.shape):
+        if size > 1 and _constant(numbers, dim):
             labels = labels.narrow(dim, 0, 1)
+            numbers = labels.numpy()
     return labels
+
+
+def _constant(numbers: Ints, dim: int) -> bool:
+    """Whether labels do not change along a dimension; the ends tell most of them apart."""
+    ends = [0] * numbers.ndim
+    first = numbers[tuple(ends)]
+    ends[dim] = -1
+    if numbers[tuple(ends)] != first:
+        return False
+    return bool((numbers == numbers.take([0], dim)).all())
 
 
 def plain(labels: Tensor) -> Tensor:
@@ -66,14 +80,15 @@ class Labels:
 
     def unite(self, a: Tensor, b: Tensor) -> None:
         """Bind labels that broadcast to one shape, element by element."""
-        left, right = plain(a), plain(b)
+        if a is b:
+            return
         if a.shape != b.shape:
-            left, right = torch.broadcast_tensors(left, right)
-        self._unions.append((left.reshape(-1).numpy().copy(), right.reshape(-1).numpy().copy()))
+            a, b = torch.broadcast_tensors(a, b)
+        self._unions.append((a.reshape(-1).numpy(), b.reshape(-1).numpy()))  # never written to
 
     def freeze(self, labels: Tensor, reason: str) -> None:
         """Forbid that any of these labels is pruned; the first reason given is reported."""
-        self._frozen.append((plain(compact(labels)).reshape(-1).numpy().copy(), reason))
+        self._frozen.append((compact(labels).reshape(-1).numpy() & (TAINT - 1), reason))
 
     def resolve(self) -> tuple[Ints, dict[int, str]]:
         """Find the components.
@@ -84,8 +99,8 @@ class Labels:
         """
         root = np.arange(self.count, dtype=np.int64)
         if self._unions:
-            a = np.concatenate([pair[0] for pair in self._unions])
-            b = np.concatenate([pair[1] for pair in self._unions])
+            a = np.concatenate([pair[0] for pair in self._unions]) & (TAINT - 1)
+            b = np.concatenate([pair[1] for pair in self._unions]) & (TAINT - 1)
             root = _components(root, a, b)
         frozen: dict[int, str] = {}
         for labels, reason in self._frozen:

@@ -162,7 +162,9 @@ class Tracer(TorchDispatchMode):
 
     def set(self, tensor: Tensor, labels: Tensor) -> None:
         """Give an activation its labels, which broadcast to its shape."""
-        self._activations[tensor] = compact(labels.expand(tensor.shape))
+        if labels.dim() != tensor.dim():
+            labels = labels.expand(tensor.shape)
+        self._activations[tensor] = compact(labels)
 
     def full(self, tensor: Tensor) -> Tensor | None:
         """Labels of an activation in its own shape."""
@@ -322,8 +324,10 @@ def _eager() -> Iterator[None]:
 def untouched(model: nn.Module) -> Iterator[None]:
     """Put back train flags, buffers and the random state when the block ends."""
     flags = [(module, module.training) for module in model.modules()]
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    parts = [t for m, _ in flags for t in (*m._parameters.values(), *m._buffers.values())]
+    held = {id(t): t for m, _ in flags for t in m._buffers.values() if t is not None}
+    buffers = [(b, b.detach().clone()) for b in held.values()]
+    devices = sorted({t.device.index for t in parts if t is not None and t.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         try:
             yield
