@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import gc
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,12 +115,24 @@ def trace(model: nn.Module, example_inputs: Any, *, gated: bool = False) -> Grap
     model = check_model(model)
     inputs = as_inputs(example_inputs)
     tracer = Tracer(model, RULES, gated=gated)
-    with untouched(model):
+    with _no_collection(), untouched(model):
         run(tracer, model, inputs, training=False)
         if any(name not in tracer.reached for name in tracer.parameters):
             tracer.counting = False
             _run_auxiliary(tracer, model, inputs)
     return build(model, inputs, tracer)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage collection: labels make many small objects, but no cycles."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def _run_auxiliary(tracer: Tracer, model: nn.Module, inputs: tuple[Any, ...]) -> None:
