@@ -14,7 +14,18 @@ from typing import Annotated, Any
 
 import tyro
 
-from benchmarks import accuracy, coverage, digits, gpu, overhead, plot, registry, roofline, rows
+from benchmarks import (
+    accuracy,
+    coverage,
+    digits,
+    gpu,
+    overhead,
+    plot,
+    registry,
+    roofline,
+    rows,
+    surgery,
+)
 from benchmarks import histogram as histogram
 from benchmarks import host as host
 from benchmarks import shrink as shrink
@@ -49,6 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
         "digits": digits.run,
         "coverage": coverage.run,
         "accuracy": accuracy.run,
+        "surgery": surgery.run,
         "gpu": gpu.run,
         "gpu-ready": gpu.require,
         "sanitize": gpu.sanitize,

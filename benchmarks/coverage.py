@@ -247,12 +247,13 @@ def one(name: str, library: Library = "psap", size: int = 0, limit_s: float = 30
     return {"model": name, "library": library, **row, "size": size, "wall_s": round(wall, 2)}
 
 
-def _need(module: str, mend: str) -> None:
+def need(module: str, mend: str) -> None:
+    """Exit with what is missing and what mends it, if a module cannot be imported."""
     try:
         importlib.import_module(module)
     except ImportError as error:
         raise SystemExit(
-            f"coverage needs {module}, which cannot be imported ({error}); {mend}"
+            f"this benchmark needs {module}, which cannot be imported ({error}); {mend}"
         ) from None
 
 
@@ -281,9 +282,9 @@ def run(
     if peers is not None:
         sys.path.insert(0, str(peers.resolve()))
     for module in ("torchvision", "timm"):
-        _need(module, "run it in the environment that `make zoo` sets up")
+        need(module, "run it in the environment that `make zoo` sets up")
     if library != "psap":
-        _need(
+        need(
             library.replace("-", "_"), f"pip install --no-deps --target DIR {library}, --peers DIR"
         )
     for public in psap.__all__:  # imported here, once, and not in every child
