@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from psap.graph import Graph
+    from psap.plans import Plan
 
 SHOWN = 6
 """Layers of a group that ``psap inspect`` names."""
@@ -145,6 +146,24 @@ def inspect(*, arch: str, num_classes: int = 10, input: str | None = None) -> in
     return 0
 
 
+def diff(
+    first: tyro.conf.Positional[Path],
+    second: tyro.conf.Positional[Path],
+    *,
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> int:
+    """Say which channels one plan removes and the other does not.
+
+    Args:
+        first: the folder of a run, or a file with the text of Plan.to_json().
+        second: another one, of the same model.
+        as_json: for machines.
+    """
+    found = _plan(first).diff(_plan(second))
+    print(found.to_json() if as_json else found.explain())
+    return 0
+
+
 def doctor(
     *, as_json: Annotated[bool, tyro.conf.arg(name="json")] = False, strict: bool = False
 ) -> int:
@@ -169,6 +188,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "export": export,
     "report": report,
     "inspect": inspect,
+    "diff": diff,
     "doctor": doctor,
 }
 
@@ -290,12 +310,16 @@ def _settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def _plan_input(folder: Path) -> tuple[int, ...]:
+def _plan(path: Path) -> Plan:
     from psap.plans import Plan
 
-    path = folder / "plan.json"
-    plan = Plan.from_json(_text(path))
+    file = path / "plan.json" if path.is_dir() else path
+    return Plan.from_json(_text(file))
+
+
+def _plan_input(folder: Path) -> tuple[int, ...]:
+    plan = _plan(folder)
     spec = plan.inputs[0] if plan.inputs else None
     if spec is None:
-        raise FileError(f"{path} does not say the shape of the input; pass --input")
+        raise FileError(f"{folder / 'plan.json'} does not say the shape of the input; pass --input")
     return spec.shape

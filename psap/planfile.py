@@ -20,7 +20,8 @@ MOST_POSITIONS = 1 << 26
 ROLES = ("out", "in", "cut", "state", "slope")
 
 
-def _pack(indices: Sequence[int]) -> str:
+def packed(indices: Sequence[int]) -> str:
+    """Ascending indices as ranges, such as "0-3,7"."""
     runs: list[list[int]] = []
     for i in indices:
         if runs and i == runs[-1][1] + 1:
@@ -87,11 +88,11 @@ def to_json(plan: Plan) -> str:
         "version": VERSION,
         "architecture": plan.architecture,
         "groups": [
-            {"name": g.name, "size": g.size, "kept": _pack(g.kept), "layers": list(g.layers)}
+            {"name": g.name, "size": g.size, "kept": packed(g.kept), "layers": list(g.layers)}
             for g in plan.groups
         ],
         "sides": [
-            {"name": s.name, "dim": s.dim, "role": s.role, "size": s.size, "kept": _pack(s.kept)}
+            {"name": s.name, "dim": s.dim, "role": s.role, "size": s.size, "kept": packed(s.kept)}
             for s in plan.sides
         ],
         "before": vars(plan.before),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from psap.config import Target
 from psap.cost import Budget, Cost, CostModel, LayerCost
 from psap.errors import ArgumentError, ArgumentTypeError, TargetError
 from psap.graph import Graph
+
+if TYPE_CHECKING:
+    from psap.plandiff import PlanDiff
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,17 @@ class Plan:
             lines.append("left alone:")
             lines += [f"  {name:<{width}}  {why}" for name, why in self.left_alone.items()]
         return "\n".join(lines)
+
+    def diff(self, other: Plan) -> PlanDiff:
+        """What this plan removes and another does not, and the other way round, by group.
+
+        Raises:
+            ArgumentTypeError: ``other`` is no plan.
+            ArgumentError: it was made for another model, or has other channel groups.
+        """
+        from psap.plandiff import diff
+
+        return diff(self, other)
 
     def to_json(self) -> str:
         """The plan as JSON text; index lists are written as ranges such as "0-3,7"."""

@@ -41,12 +41,12 @@ def test_a_read_plan_can_be_applied() -> None:
 @given(st.sets(st.integers(0, 60), min_size=1))
 def test_any_index_list_survives(indices: set[int]) -> None:
     kept = tuple(sorted(indices))
-    body = {"size": 61, "kept": planfile._pack(kept)}
+    body = {"size": 61, "kept": planfile.packed(kept)}
     assert planfile._Reader().unpack(body, "x") == kept
 
 
 def test_runs_are_written_short() -> None:
-    assert planfile._pack([0, 1, 2, 3, 7, 9, 10]) == "0-3,7,9-10"
+    assert planfile.packed([0, 1, 2, 3, 7, 9, 10]) == "0-3,7,9-10"
 
 
 BODY = json.loads(_plan().to_json())
