@@ -115,7 +115,7 @@ class Config:
     min_channels: int = 2
     round_to: int = 1
     score: Literal["l1", "l2"] = "l2"
-    protect: Protect = "gate"
+    protect: Protect = "price"
     gate_eps: float = 1e-3
     window: int = 8
     price_power: float = 0.5

@@ -13,11 +13,11 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(kw_only=True)
 class Task:
-    """One run: the network that trains, and what it shall become; methods replace both.
+    """One run: a network that trains, and what it shall become.
 
     Attributes:
         model: the network; a method puts the small one here.
-        optimizer: its optimizer.
+        optimizer: its optimizer; a method puts that of the small one here.
         make_optimizer: makes a new one for a new network.
         example: a batch to trace with, [N, C, H, W].
         batches: training batches for what a method wants to measure; a new iterator each call.
