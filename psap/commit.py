@@ -97,9 +97,10 @@ def _move_state(
 
 def _move(module: nn.Module, source: nn.Module, key: str, undo: Undo) -> None:
     old = module.__dict__.get(key)
-    if isinstance(old, (int, tuple)) and old != source.__dict__[key]:
+    new = source.__dict__.get(key, old)  # a program has none
+    if isinstance(old, (int, tuple)) and old != new:
         undo.append(lambda: setattr(module, key, old))
-        setattr(module, key, source.__dict__[key])
+        setattr(module, key, new)
 
 
 def _restorer(tensor: Tensor, data: Tensor, grad: Tensor | None) -> Callable[[], None]:

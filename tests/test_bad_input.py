@@ -256,7 +256,7 @@ def test_after_finish(inplace: bool) -> None:
         assert not torch.equal(net.conv1.weight, before)
     assert pruner.done
     assert [e["kind"] for e in result.report["events"]] == ["prune"] * 3
-    assert result.report["config"]["target"] == {"macs": 0.4, "parameters": None}
+    assert result.report["config"]["target"] == {"macs": 0.4, "parameters": None, "activations": None}
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -298,15 +298,14 @@ class Fixed(nn.Module):
 
 
 @pytest.mark.filterwarnings(r"ignore:finish\(\) makes up:psap.PsapWarning")
-def test_in_place_is_refused_where_only_a_new_module_will_do() -> None:
+@pytest.mark.parametrize("inplace", [False, True])
+def test_sizes_that_are_fixed_in_forward(inplace: bool) -> None:
     model = Fixed()
     opt = torch.optim.SGD(model.parameters(), 0.1)
     pruner = build(model, opt=opt, target=psap.Target(macs=0.5))
-    with pytest.raises(psap.VerificationError, match="the small network was refused"):
-        pruner.finish(inplace=True)
-    assert model.conv1.weight.shape[0] == 8
-    result = pruner.finish()
-    assert result.mode == "graph"
+    result = pruner.finish(inplace=inplace)
+    assert result.mode == "graph" and (result.model is model) is inplace
+    assert result.model.conv1.weight.shape[0] < 8
     assert result.plan.after.macs <= 0.5 * result.plan.before.macs
 
 
