@@ -16,6 +16,7 @@ import tyro
 
 from benchmarks import (
     accuracy,
+    accuracy_plot,
     coverage,
     digits,
     gpu,
@@ -61,6 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
         "coverage": coverage.run,
         "accuracy": accuracy.run,
         "surgery": surgery.run,
+        "accuracy-plot": accuracy_plot.run,
         "gpu": gpu.run,
         "gpu-ready": gpu.require,
         "sanitize": gpu.sanitize,

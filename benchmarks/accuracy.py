@@ -49,8 +49,6 @@ def _spec(setting: Setting, seed: int, folder: Path | None) -> data.DataSpec:
         batch_size=setting.batch,
         val_share=setting.val_share,
     )
-    # In channels_last, PyTorch's CPU kernel for the gradient of a strided 1x1 convolution with
-    # fewer than 16 input channels writes past its buffer (oneDNN issue 6035).
     return spec.as_format(setting.memory_format)
 
 

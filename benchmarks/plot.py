@@ -57,7 +57,7 @@ def draw(found: list[dict[str, Any]]) -> str:
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
         pyplot.close(figure)
-    return _themed(text.getvalue())
+    return themed(text.getvalue())
 
 
 def _bars(axes: Any, found: list[dict[str, Any]]) -> None:
@@ -95,7 +95,8 @@ def _bars(axes: Any, found: list[dict[str, Any]]) -> None:
                    loc="left", fontsize=11, color=ink)  # fmt: skip
 
 
-def _themed(svg: str) -> str:
+def themed(svg: str) -> str:
+    """Placeholders of colours become CSS variables, for light and for dark pages."""
     light = dark = ""
     for name, (placeholder, bright, dim) in COLOURS.items():
         svg = svg.replace(placeholder, f"var(--{name})")

@@ -272,7 +272,7 @@ def test_a_window_of_bad_gradients_only_restores_nothing() -> None:
 
 
 @pytest.mark.parametrize("protect", ["gate", "none"])
-def test_windows_open_with_pulse_only(protect: str) -> None:
+def test_windows_open_under_supervision_only(protect: str) -> None:
     model, opt, pruner = make("chain", protect=protect)
     train(model, opt, pruner, epochs=3)
     assert not any(isinstance(e, WindowEvent) for e in pruner.events)

@@ -108,7 +108,7 @@ ORACLES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def test_prune_steps_are_those_of_the_oracle(case: str, share: float) -> None:
     options, theirs = ORACLES[case]
     target = psap.Target(macs=share)
-    model, opt, pruner = make("chain", target=target, prune_steps=4, **options)
+    model, opt, pruner = make("chain", target=target, prune_steps=4, protect="gate", **options)
     oracle = Oracle((8, 12), share, 4, **theirs)
     with torch.no_grad():  # sparsity ratios that differ from layer to layer
         model.conv1.weight.pow_(3).mul_(10)
@@ -151,7 +151,7 @@ def test_bonus_and_stickiness_rank_before_the_norm() -> None:
 def test_a_width_that_grows_takes_pruned_channels_back_bit_for_bit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model, opt, pruner = make("chain")
+    model, opt, pruner = make("chain", protect="gate")
     train(model, opt)
     before = copy.deepcopy(model.state_dict())
     monkeypatch.setattr(selection, "widths", lambda *_: np.array([4, 12]))

@@ -102,7 +102,7 @@ def median(graph: Graph, task: Task) -> Scores:
 
 
 def gate_derivatives(graph: Graph) -> scores.Floats:
-    """Derivative d of every channel from the affine pairs of batch norms, float64 [channels]."""
+    """Gate derivatives from the affine pairs of batch norms, float64 [channels]."""
     total = np.zeros(len(graph.group_of))
     tensors = dict(graph.model.named_parameters())
     for name in graph.affine:
