@@ -5,33 +5,25 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <vector>
 
 namespace psap {
 
-// Owns the list, and hands out its tensors one at a time. std::vector<Tensor>, which TORCH_BOX
-// would make, keeps two small blocks of memory for every tensor until the end: for hundreds of
-// small layers that costs more than their work. Sizes, strides and data live as long as the list.
+// Owns the tensors, which nobody else need do: where an argument is a lazy negation or conjugate,
+// the dispatcher makes a tensor for this call alone. A handle that is taken out of the list is
+// freed by whoever took it, one that is left in it by no one: so all of them are taken at once, and
+// a call that is refused frees them too.
 class TensorList {
  public:
   explicit TensorList(StableIValue boxed)
-      : list_(torch::stable::detail::to<StableListHandle>(boxed)) {
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(list_, &size_));
-  }
-  ~TensorList() { torch_delete_list(list_); }
-  TensorList(const TensorList&) = delete;
-  TensorList& operator=(const TensorList&) = delete;
+      : tensors_(torch::stable::detail::to<std::vector<torch::stable::Tensor>>(boxed)) {}
 
-  size_t size() const { return size_; }
+  size_t size() const { return tensors_.size(); }
 
-  torch::stable::Tensor operator[](size_t i) const {
-    StableIValue item;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(list_, i, &item));
-    return torch::stable::detail::to<torch::stable::Tensor>(item);
-  }
+  const torch::stable::Tensor& operator[](size_t i) const { return tensors_[i]; }
 
  private:
-  StableListHandle list_;
-  size_t size_ = 0;
+  std::vector<torch::stable::Tensor> tensors_;
 };
 
 }  // namespace psap
