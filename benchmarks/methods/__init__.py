@@ -30,6 +30,8 @@ METHODS: dict[str, Callable[[], Method]] = {
     "psap-uniform": partial(Psap, adapt="uniform", protect="gate"),
     "psap-pulse": partial(Psap, protect="pulse"),
     "psap-zero": partial(Psap, protect="none"),
+    "psap-masked": partial(Psap, late=True),
+    "psap-progressive": partial(Psap, progressive=True),
     "psap-foreign": soft.AdaptiveFilters,
 }
 """By name; "dense" prunes nothing. What the names mean is in docs/benchmarks.md."""

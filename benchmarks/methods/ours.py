@@ -13,15 +13,14 @@ from benchmarks.methods.task import Method, Task, at
 class Psap(Method):
     """A `psap.Pruner` whose prune steps are spread evenly over the pruning phase.
 
-    The network is small as soon as the masks are final.
-
     Args:
         spend: share of the pruning phase over which the steps are spread.
+        late: the network stays masked to the end, instead of being shrunk when masks are final.
         options: of `psap.Config`.
     """
 
-    def __init__(self, *, spend: float = 0.9, **options: Any) -> None:
-        self.spend, self.options = spend, options
+    def __init__(self, *, spend: float = 0.9, late: bool = False, **options: Any) -> None:
+        self.spend, self.late, self.options = spend, late, options
 
     def begin(self, task: Task) -> None:
         """Makes the pruner."""
@@ -34,12 +33,12 @@ class Psap(Method):
         self.when = [max(1, at(task, s)) for s in shares]
 
     def stepped(self, task: Task, step: int) -> None:
-        """Prunes; as soon as the masks are final, shrinks."""
+        """Prunes; when the masks are final, shrinks."""
         if self.pruner is None:
             return
         for _ in range(self.when.count(step)):
             self.pruner.step()
-        if self.pruner.done:
+        if self.pruner.done and not self.late:
             self.take(task, self.pruner)
 
     def finish(self, task: Task) -> None:
