@@ -13,7 +13,7 @@ from torch import Tensor
 
 import psap_kernels
 from psap.errors import PsapError
-from psap.graph import Graph, Group
+from psap.graph import MAKES, Graph, Group
 
 Floats = NDArray[np.float64]
 
@@ -42,7 +42,7 @@ def _rows(
     graph: Graph, tensors: Mapping[str, Tensor], name: str
 ) -> tuple[Tensor, NDArray[np.int64]]:
     """A producer with its filters along dimension 0, and the channel of each filter."""
-    dims = [d for d in range(tensors[name].dim()) if graph.roles.get((name, d)) == "out"]
+    dims = [d for d in range(tensors[name].dim()) if graph.roles.get((name, d)) in MAKES]
     dim = next(d for d in dims if (graph.channels[name, d] >= 0).any())
     return tensors[name].detach().movedim(dim, 0), graph.channels[name, dim]
 

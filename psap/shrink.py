@@ -199,7 +199,7 @@ def small_copy(model: nn.Module, plan: Plan) -> nn.Module:
 
 def _refit(module: nn.Module) -> None:
     """Let the attributes of a module follow the shapes of its tensors."""
-    weight = module._parameters.get("weight")
+    weight = _weight(module)
     if isinstance(module, nn.modules.batchnorm._NormBase):
         vector = weight if weight is not None else module._buffers.get("running_mean")
         if vector is not None:
@@ -220,6 +220,17 @@ def _refit(module: nn.Module) -> None:
         module.num_groups = weight.shape[0] if alone else module.num_groups
     elif isinstance(module, nn.LayerNorm):
         module.normalized_shape = tuple(weight.shape)
+
+
+def _weight(module: nn.Module) -> Tensor | None:
+    """The weight of a module, or what a weight norm or spectral norm computes it from."""
+    for name in ("weight", "weight_v", "weight_orig"):
+        if module._parameters.get(name) is not None:
+            return module._parameters[name]
+    computed = module._modules.get("parametrizations")
+    if not isinstance(computed, nn.ModuleDict) or "weight" not in computed:
+        return None
+    return list(computed["weight"].parameters(recurse=False))[-1]
 
 
 def _refit_conv(module: nn.modules.conv._ConvNd, weight: Tensor) -> None:

@@ -136,6 +136,11 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     Raises:
         PsapError: something in the model refuses to be copied.
     """
+    memo = {} if memo is None else memo
+    for module in model.modules():  # what an older weight norm left there; its hook makes it anew
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                memo[id(value)] = value.detach().clone()
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:

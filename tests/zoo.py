@@ -10,7 +10,9 @@ import torch
 from nets import chain, conv, image
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from zoo_blocks import (
+    by_hook,
     cross_channel_gate,
     cross_stage,
     fixed_filter,
@@ -22,7 +24,9 @@ from zoo_blocks import (
     grouped_transposed,
     half_width,
     mean_gate,
+    parametrised,
     root_mean_square,
+    scaled_weight,
     selective_kernel,
     shifted,
     sorted_outputs,
@@ -73,7 +77,6 @@ from zoo_nets import (
     transposed,
     two_inputs,
     unknown,
-    weight_norm,
     with_prelu,
     zeros_like_cat,
 )
@@ -173,11 +176,17 @@ CASES: dict[str, Case] = {
     "weight standardisation": _case(
         standardised, last=6, alone={"stem": "computed in forward", "w": "used by aten.mean"}
     ),
-    "weight norm": _case(
-        weight_norm,
-        last=6,
-        alone={"stem": "computed in forward", "one.parametrizations.weight": "weight_norm"},
+    "weight norm": _case(lambda: parametrised(weight_norm, 10, 6), stem=8, one=10, two=6, last=6),
+    "weight norm, depthwise": _case(
+        lambda: parametrised(weight_norm, 10, 10), stem=8, one=10, last=6
     ),
+    "weight norm, by a hook": _case(
+        lambda: parametrised(by_hook, 10, 6), stem=8, one=10, two=6, last=6
+    ),
+    "spectral norm": _case(
+        lambda: parametrised(spectral_norm, 10, 6), stem=8, one=10, two=6, last=6
+    ),
+    "scaled weight": _case(scaled_weight, stem=8, w=10, last=6),
     "filters standardised by a batch norm": _case(
         lambda: standard_filters(3, 1), stem=8, one=10, two=6, last=6, graph=1
     ),

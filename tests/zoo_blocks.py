@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -151,6 +153,33 @@ def standard_filters(kernel: int, groups: int, shift: float = 0.0) -> nn.Module:
     return block(
         8, body, one=StandardConv(8, 10, kernel, 1), two=StandardConv(10, out, kernel, groups),
         last=conv(out, 6),
+    )  # fmt: skip
+
+
+def parametrised(how: Callable[[nn.Module], nn.Module], middle: int, out: int) -> nn.Module:
+    """Two convolutions with computed weights, the second one depthwise if it keeps its width."""
+    groups = middle if middle == out else 1
+    return block(
+        8,
+        lambda m, x: F.relu(m.two(torch.sigmoid(m.one(x)))),
+        one=how(conv(8, middle)),
+        two=how(conv(middle, out, groups=groups)),
+        last=conv(out, 6),
+    )
+
+
+def by_hook(module: nn.Module) -> nn.Module:
+    """The weight norm of older code, which PyTorch advises against."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return nn.utils.weight_norm(module)
+
+
+def scaled_weight() -> nn.Module:
+    """A learning rate that is built into the weight, as in StyleGAN."""
+    return block(
+        8, lambda m, x: F.relu(F.conv2d(x, m.w * 0.3, padding=1)), w=param(10, 8, 3, 3),
+        last=conv(10, 6),
     )  # fmt: skip
 
 

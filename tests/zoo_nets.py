@@ -255,14 +255,6 @@ def standardised() -> nn.Module:
     return block(8, body, w=param(8, 8, 3, 3))
 
 
-def weight_norm() -> nn.Module:
-    return block(
-        8,
-        lambda m, x: F.relu(m.one(x)),
-        one=nn.utils.parametrizations.weight_norm(conv(8, 8)),
-    )
-
-
 def attention() -> nn.Module:
     def body(m: Any, x: Tensor) -> Tensor:
         q, k, v = (f(x).flatten(2) for f in (m.q, m.k, m.v))

@@ -1,5 +1,5 @@
 """The channel graph: which channels of a model live and die together."""
 
-from psap.graph.groups import Graph, Group, Side, trace
+from psap.graph.groups import MAKES, Graph, Group, Side, trace
 
-__all__ = ["Graph", "Group", "Side", "trace"]
+__all__ = ["MAKES", "Graph", "Group", "Side", "trace"]

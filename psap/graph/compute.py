@@ -8,7 +8,8 @@ from torch import Tensor
 
 from psap.graph.common import channels_along, computed, first, freeze_all
 from psap.graph.labels import plain
-from psap.graph.trace import MERGED, Args, Tracer, View
+from psap.graph.trace import Args, Tracer, View
+from psap.graph.weights import standardises, tie_computed
 
 
 def _consume(t: Tracer, x: Tensor, dim: int, weight: Tensor, weight_dim: int, op: str) -> None:
@@ -32,7 +33,7 @@ def _reads(t: Tracer, weight: Tensor, dim: int, labels: Tensor | None) -> Tensor
     read must be zero all the same, since zeros do not stay zero when a mean is subtracted.
     """
     view = t.view(weight)
-    if view is None or not view.standard or t.shapes[view.name][view.dims[dim]] == 1:
+    if view is None or view.kind != "standard" or t.shapes[view.name][view.dims[dim]] == 1:
         return t.claim(weight, dim, "in" if labels is None else t.reading(labels))
     if labels is not None:
         t.settle(labels)
@@ -169,7 +170,7 @@ def bmm(t: Tracer, a: Args, out: Tensor) -> None:
 def batch_norm(t: Tracer, a: Args, out: Any) -> None:
     """Per-channel statistics and an affine pair; a zeroed pair makes the channel zero."""
     x, y = a["input"], first(out)
-    if t.view(x) is not None and _standardises(t, a, y):
+    if t.view(x) is not None and standardises(t, a, y):
         return
     vectors = [a.get(key) for key in ("weight", "bias", "running_mean", "running_var")]
     labels = t.get(x)
@@ -187,7 +188,7 @@ def batch_norm(t: Tracer, a: Args, out: Any) -> None:
         if isinstance(vector, Tensor) and t.view(vector) is not None:
             t.labels.unite(t.claim(vector, 0, role), channels)
         elif isinstance(vector, Tensor):
-            _computed(t, t.get(vector), channels, role)
+            tie_computed(t, t.get(vector), channels, role)
     weight = vectors[0]
     view = t.view(weight)
     if weight is not None:
@@ -198,33 +199,3 @@ def batch_norm(t: Tracer, a: Args, out: Any) -> None:
         if source is not None:
             t.normalised.setdefault(source, set()).add(view.name)
     t.set(y, labels)
-
-
-def _standardises(t: Tracer, a: Args, out: Tensor) -> bool:
-    """Weight standardisation: a batch norm of filters, [1, O, rest], by their own statistics."""
-    x, gain = a["input"], a["weight"]
-    view = t.view(x)
-    rows = view is not None and view.dims in ((-1, 0, MERGED), (-1, 0, 1))
-    if view is None or not rows or a["running_mean"] is not None:
-        return False
-    channels = t.claim(x, 1, "out")
-    if isinstance(gain, Tensor) and t.view(gain) is not None:
-        t.labels.unite(t.claim(gain, 0, "out"), channels)
-    elif isinstance(gain, Tensor):
-        _computed(t, t.get(gain), channels, "out")
-    if a["bias"] is not None:
-        t.freeze(channels, "standardised filters with a shift")
-        freeze_all(t, "standardised filters with a shift", a["bias"])
-    t.set_view(out, View(view.name, view.dims, True))
-    t.closed = True
-    return True
-
-
-def _computed(t: Tracer, labels: Tensor | None, channels: Tensor, role: str) -> None:
-    """A vector that forward() makes from parameters, for example by repeating them."""
-    if labels is None or labels.numel() not in (1, channels.numel()):
-        t.freeze(channels, "batch norm with vectors that are computed in forward")
-        return
-    if role == "out":
-        t.settle(labels)
-    t.labels.unite(labels, channels)

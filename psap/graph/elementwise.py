@@ -10,6 +10,7 @@ from torch import Tensor
 from psap.graph.common import channels_along, first, freeze_all, vector
 from psap.graph.labels import TAINT
 from psap.graph.trace import Args, Rule, Tracer
+from psap.graph.weights import scales
 
 
 def keeps_zero(t: Tracer, a: Args, out: Any) -> None:
@@ -164,11 +165,14 @@ def add(t: Tracer, a: Args, out: Tensor) -> None:
 
 def mul(t: Tracer, a: Args, out: Tensor) -> None:
     """Product: zero if one side is."""
-    _binary(t, a, out, True, "mul")
+    if not scales(t, a["self"], a["other"], out):
+        _binary(t, a, out, True, "mul")
 
 
 def div(t: Tracer, a: Args, out: Tensor) -> None:
     """Quotient: the numerator decides; channels in the denominator may not vanish."""
+    if scales(t, a["self"], a["other"], out):
+        return
     below = vector(t, a["other"])
     if t.view(a["other"]) is not None or (below is not None and bool((below < TAINT).any())):
         freeze_all(t, "a channel is divided by", a["self"], a["other"])

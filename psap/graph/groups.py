@@ -20,6 +20,9 @@ from psap.graph.trace import Call, Tracer, run, untouched
 Side = tuple[str, int]
 """A dimension of a parameter or buffer: its name, and the dimension."""
 
+MAKES = ("out", "state")
+"""Roles of the sides of a weight that make channels; "state" where a weight norm has a gain."""
+
 
 @dataclass(frozen=True)
 class Group:
@@ -157,7 +160,7 @@ def build(model: nn.Module, inputs: tuple[Any, ...], tracer: Tracer) -> Graph:
     """Resolve the labels of a finished trace into groups."""
     root, frozen = tracer.labels.resolve()
     roots = {side: root[labels.numpy()] for side, labels in tracer.along.items()}
-    owners = {name: name.rpartition(".")[0] for name in tracer.shapes}
+    owners = {n: n.rpartition(".")[0].partition(".parametrizations")[0] for n in tracer.shapes}
     _respect_frozen(tracer, roots, frozen)
     weights = {call.weight for call in tracer.calls} & set(tracer.parameters)  # no fixed filters
     alive = _prunable(roots, tracer.roles, weights, frozen, tracer.labels.count)
@@ -212,7 +215,7 @@ def _prunable(
     """Components that some weight produces, and that nothing freezes."""
     alive = np.zeros(count, dtype=bool)
     for side, components in roots.items():
-        if roles[side] == "out" and side[0] in weights:
+        if roles[side] in MAKES and side[0] in weights:
             alive[components] = True
     if frozen:
         alive[np.fromiter(frozen, dtype=np.int64)] = False
@@ -323,7 +326,7 @@ def _named(
     used: dict[str, int] = {}
     groups = []
     for start, size, sides in zip(starts, sizes, shared, strict=True):
-        makers = dict.fromkeys(n for n, d in sides if roles[n, d] == "out" and n in weights)
+        makers = dict.fromkeys(n for n, d in sides if roles[n, d] in MAKES and n in weights)
         name = owners[next(iter(makers))] or next(iter(makers))
         used[name] = used.get(name, 0) + 1
         name += f"#{used[name]}" if used[name] > 1 else ""
@@ -343,7 +346,7 @@ def _reasons(
     """Why the outputs of a layer are left alone, for every layer that makes channels."""
     reasons: dict[str, str] = {}
     for name, shape in tracer.shapes.items():
-        sides = [(name, d) for d in range(len(shape)) if tracer.roles.get((name, d)) == "out"]
+        sides = [(name, d) for d in range(len(shape)) if tracer.roles.get((name, d)) in MAKES]
         if name not in weights or any((channels[side] >= 0).any() for side in sides):
             continue
         found = [frozen[c] for side in sides for c in roots[side].tolist() if c in frozen]

@@ -37,7 +37,7 @@ def reshapes(t: Tracer, a: Args, out: Tensor) -> None:
         dims = _stretched(tuple(x.shape), tuple(out.shape), view.dims)
         dims = dims or _merged(t.shapes[view.name], tuple(out.shape), view.dims)
         if dims is not None:
-            t.set_view(out, View(view.name, dims, view.standard))
+            t.set_view(out, View(view.name, dims, view.kind))
             t.keep_view(x)
         return
     labels = t.get(x)
@@ -119,7 +119,7 @@ def permutes(op: Any) -> Rule:
         rest = [v for k, v in a.items() if k != "self"]
         view = t.view(x)
         if view is not None:
-            t.set_view(out, View(view.name, _permuted(op, view.dims, rest), view.standard))
+            t.set_view(out, View(view.name, _permuted(op, view.dims, rest), view.kind))
             t.keep_view(x)
             return
         labels = t.full(x)

@@ -42,6 +42,7 @@ from psap.graph.movement import (
 from psap.graph.norms import group_norm, layer_norm, rms_norm
 from psap.graph.reductions import means, reduces, sizes, softmax, sums
 from psap.graph.trace import Rule
+from psap.graph.weights import inner_product, matrix_vector, weight_norm
 
 aten = torch.ops.aten
 
@@ -62,6 +63,9 @@ _table(bmm, "bmm")
 _table(batch_norm, "native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm")
 _table(batch_norm, "_native_batch_norm_legit_no_training", "_batch_norm_with_update")
 _table(batch_norm, "_batch_norm_no_update", "miopen_batch_norm", "batch_norm")
+_table(weight_norm, "_weight_norm_interface")
+_table(matrix_vector, "mv")
+_table(inner_product, "dot", "vdot")
 _table(layer_norm, "native_layer_norm", "layer_norm")
 _table(rms_norm, "_fused_rms_norm", "rms_norm")
 _table(group_norm, "native_group_norm")

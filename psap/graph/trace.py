@@ -11,7 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -52,12 +52,22 @@ class View:
         name: canonical name in ``named_parameters`` / ``named_buffers``.
         dims: for every dimension of the tensor, the dimension of the parameter, or -1 for a new
             one of size 1, or `MERGED`.
-        standard: whether its filters have been standardised, over all that they read.
+        kind: what forward() made of it: "" nothing; "standard", filters by their mean and variance;
+            "normed", filters along dimension 0 by their norms; "scaled", all of it by one number.
     """
 
     name: str
     dims: tuple[int, ...]
-    standard: bool = False
+    kind: Literal["", "standard", "normed", "scaled"] = ""
+
+    def role(self, dim: int, role: str) -> str:
+        """The role of a dimension of the parameter, where its result has this role.
+
+        A norm must not become zero, and counts whatever is not zero.
+        """
+        if self.kind == "normed" and dim == 0:
+            return {"out": "state", "cut": "in"}.get(role, role)
+        return "cut" if role == "in" and self.kind in ("normed", "scaled") else role
 
 
 MERGED = -2
@@ -130,19 +140,23 @@ class Tracer(TorchDispatchMode):
         view = self._views.get(tensor)
         if view is None:
             raise KeyError("only parameters have sides")
-        key = (view.name, view.dims[dim])
         self._claimed.add(view.name)
         if view.dims[dim] < 0:
             fixed = self.labels.new(tensor.shape[dim])
             self.labels.freeze(fixed, f"{view.name} has no such dimension")
             return fixed
+        return self.side(view.name, view.dims[dim], view.role(view.dims[dim], role))
+
+    def side(self, name: str, dim: int, role: str) -> Tensor:
+        """Labels along one dimension of a parameter, by its name, int64 [size]."""
+        key = (name, dim)
         if key not in self.along:
-            self.along[key] = self.labels.new(tensor.shape[dim])
+            self.along[key] = self.labels.new(self.shapes[name][dim])
             self.roles[key] = role
         elif {role, self.roles[key]} == {"in", "cut"}:
             self.roles[key] = "cut"
         elif self.roles[key] != role:
-            self.labels.freeze(self.along[key], f"{view.name} is read and written along one side")
+            self.labels.freeze(self.along[key], f"{name} is read and written along one side")
         return self.along[key]
 
     def freeze_parameter(self, view: View, reason: str) -> None:
