@@ -102,7 +102,7 @@ def _pruned(name: str, model: nn.Module, inputs: tuple[Any, ...], row: Row, *, g
     row["phase"], row["gated"] = "trace", gated
     row["trace_s"], graph = _seconds(lambda: psap.trace(model, inputs, gated=gated))
     row["groups"] = len(graph.groups)
-    row["left_alone"] = dict(list(graph.left_alone.items())[:60])
+    row["left_alone"] = dict(list(graph.left_alone.items())[:12])
     row["unknown_ops"] = dict(graph.unknown_ops)
     row["phase"] = "plan"
     row["plan_s"], plan = _seconds(lambda: psap.plan(graph, ratio=0.5))

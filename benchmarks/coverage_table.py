@@ -1,0 +1,127 @@
+"""Writes docs/coverage.md from the rows of the coverage benchmark."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from benchmarks import rows
+
+OUT = Path(__file__).parents[1] / "docs" / "coverage.md"
+Row = dict[str, Any]
+Table = dict[tuple[str, str], Row]
+
+INTRO = """# Which models psap prunes
+
+Every model loses half of the channels of everything that can be pruned, in a process of its own,
+one thread, random weights and norms, at the size that it is made for; detectors see two small
+images. `python -m benchmarks coverage` makes the rows, `python -m benchmarks coverage-table`
+this page.
+
+* **exact**: the small network equals the masked one to 1e-9 (relative, float64, compared apart
+  from psap's own proof), and a forward pass and a training step run afterwards. **broken** would
+  be that they do not, **wrong** a difference; **refused** is an error with a reason, and an
+  untouched model.
+* **mode**: *module*, the user's modules with smaller tensors; *graph*, programs where widths are
+  fixed in Python or a norm counts channels; *gated*, that a program could not be made, so that
+  `trace(..., gated=True)` pruned only what the user's own modules can lose.
+* **kept**: parameters that are left. Times are CPU seconds, of one call each: of a forward pass,
+  of `trace`, and of `plan` and `apply` without the proof, which has a column of its own.
+* **Torch-Pruning**: version 1.6.1 on the same model and inputs, told to leave the classifiers
+  alone. *runs* says that a forward pass and a training step run afterwards; whether the result
+  computes what it should is not known, since it removes channels from layer norms as well, which
+  changes their statistics. Its time is that of building the pruner and of `step()`.
+"""
+
+
+def run(source: Path = rows.RESULTS / "coverage.jsonl", *, out: Path = OUT) -> None:
+    """Write the table.
+
+    Args:
+        source: rows of the coverage benchmark.
+        out: the page.
+    """
+    table: Table = {}
+    for line in source.read_text().splitlines():
+        row = json.loads(line)
+        table[row["model"], row["library"]] = row
+    names = list(dict.fromkeys(name for name, _ in table))
+    ours = {name: table[name, "psap"] for name in names if (name, "psap") in table}
+    theirs = {n: table[n, "torch-pruning"] for n in names if (n, "torch-pruning") in table}
+    parts = [INTRO, _summary(ours, theirs), _lines(ours, theirs), _reasons(ours)]
+    out.write_text("\n".join(part for part in parts if part) + "\n")
+    print(f"{out}: {len(ours)} models")
+
+
+def _summary(ours: dict[str, Row], theirs: dict[str, Row]) -> str:
+    lines = []
+    for library in ("torchvision", "timm"):
+        found = {n: r for n, r in ours.items() if n.startswith(library)}
+        peers = {n: r for n, r in theirs.items() if n.startswith(library)}
+        lines.append(f"* {library}: psap {_counts(found)}; Torch-Pruning {_counts(peers)}.")
+    both = [n for n in ours if _kept(ours[n]) and theirs.get(n, {}).get("result") == "runs"]
+    more = [n for n in both if ours[n]["kept_parameters"] > theirs[n]["kept_parameters"] + 5e-4]
+    slow = [n for n, r in ours.items() if "trace_s" in r and r["trace_s"] > _allowed(r)]
+    lines.append(
+        f"* Of {len(both)} models that both handle, psap keeps more parameters of {len(more)}"
+        + (f": {', '.join(more)}." if more else ".")
+    )
+    lines.append(
+        f"* `trace` takes longer than three forward passes and than 0.2 s on {len(slow)} models"
+        + (f": {', '.join(slow)}." if slow else ".")
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _counts(found: dict[str, Row]) -> str:
+    counts = Counter(row["result"] for row in found.values())
+    return f"{len(found)} models, " + ", ".join(f"{n} {name}" for name, n in counts.most_common())
+
+
+def _kept(row: Row) -> bool:
+    return row["result"] == "exact"
+
+
+def _allowed(row: Row) -> float:
+    return max(3 * float(row["forward_s"]), 0.2)
+
+
+def _lines(ours: dict[str, Row], theirs: dict[str, Row]) -> str:
+    lines = [
+        "| model | result | mode | groups | kept | error | forward s | trace s | plan, apply s "
+        "| proof s | Torch-Pruning | kept | s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in ours.items():
+        peer = theirs.get(name, {})
+        apply_s = row["plan_s"] + row["apply_s"] if "apply_s" in row else None
+        step_s = peer["trace_s"] + peer["apply_s"] if "apply_s" in peer else None
+        mode = f"{row.get('mode', '')}{', gated' if row.get('gated') else ''}"
+        cells = [
+            name, row["result"], mode, str(row.get("groups", "")), _percent(row),
+            f"{row['error']:.0e}" if "error" in row else "", _seconds(row.get("forward_s")),
+            _seconds(row.get("trace_s")), _seconds(apply_s), _seconds(row.get("proof_s")),
+            peer.get("result", ""), _percent(peer), _seconds(step_s),
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _percent(row: Row) -> str:
+    return f"{100 * row['kept_parameters']:.1f} %" if "kept_parameters" in row else ""
+
+
+def _seconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _reasons(ours: dict[str, Row]) -> str:
+    """Why a model is not exact, or could only be pruned where its own modules allow it."""
+    lines = []
+    for name, row in ours.items():
+        why = row.get("reason") if row["result"] != "exact" else row.get("ungated")
+        if why:
+            lines.append(f"* {name}: {str(why).splitlines()[0][:400]}")
+    return "\n".join(["## Reasons", "", *lines]) if lines else ""
