@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     )
     from psap.export import export_onnx, export_pt2
     from psap.graph import Graph, trace
+    from psap.latency import LatencyTable, measure_latency
     from psap.plans import Plan, plan
     from psap.pruner import Pruner
     from psap.recipe import load, save
@@ -42,6 +43,7 @@ _HOMES = {
     ),
     "psap.export": ("export_onnx", "export_pt2"),
     "psap.graph": ("Graph", "trace"),
+    "psap.latency": ("LatencyTable", "measure_latency"),
     "psap.plans": ("Plan", "plan"),
     "psap.pruner": ("Pruner",),
     "psap.recipe": ("load", "save"),
@@ -55,6 +57,7 @@ __all__ = [
     "Config",
     "FileError",
     "Graph",
+    "LatencyTable",
     "Plan",
     "Pruner",
     "PsapError",
@@ -70,6 +73,7 @@ __all__ = [
     "export_pt2",
     "load",
     "mask",
+    "measure_latency",
     "plan",
     "save",
     "trace",

@@ -146,6 +146,44 @@ def inspect(*, arch: str, num_classes: int = 10, input: str | None = None) -> in
     return 0
 
 
+def latency(
+    *,
+    arch: str,
+    table: Path,
+    num_classes: int = 10,
+    input: str | None = None,
+    target_latency: float | None = None,
+    threads: int = 1,
+) -> int:
+    """Time every layer at several widths, and find the multiple of channels that is fastest here.
+
+    Args:
+        arch: resnet20, vgg16_bn, ... or package.module:factory.
+        table: file of the times; made if there is none, and used again if there is.
+        num_classes: classes of the model.
+        input: shape of one input; 3,32,32 by default, 1,8,8 for digits_resnet.
+        target_latency: kept share of the predicted latency of the network that is tried; by default
+            half of every layer goes.
+        threads: CPU threads of one operator.
+    """
+    import torch
+
+    import psap
+    from psap.models import create
+    from psap.rounding import fastest
+
+    example = _zeros(input, arch)
+    model = create(arch, num_classes=num_classes, in_channels=example.shape[1]).eval()
+    graph = psap.trace(model, torch.randn(example.shape))
+    times = psap.measure_latency(graph, table, threads=threads)
+    print(times.explain(graph))
+    target = None if target_latency is None else psap.Target(latency=target_latency)
+    ratio = 0.5 if target is None else None
+    found = fastest(graph, ratio=ratio, target=target, latency=times, threads=threads)
+    print(found.explain())
+    return 0
+
+
 def diff(
     first: tyro.conf.Positional[Path],
     second: tyro.conf.Positional[Path],
@@ -189,6 +227,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "report": report,
     "inspect": inspect,
     "diff": diff,
+    "latency": latency,
     "doctor": doctor,
 }
 

@@ -41,6 +41,8 @@ class Target:
         parameters: kept share of the parameters, in (0, 1].
         activations: kept share of the elements that convolutions and linear layers give out, a
             measure of activation memory, in (0, 1].
+        latency: kept share of the time of a pass as a table predicts it, in (0, 1]; needs what
+            `psap.measure_latency` returns.
 
     Raises:
         ArgumentError: none is given, or one is outside (0, 1].
@@ -50,6 +52,7 @@ class Target:
     macs: float | None = None
     parameters: float | None = None
     activations: float | None = None
+    latency: float | None = None
 
     def __post_init__(self) -> None:
         if all(getattr(self, item.name) is None for item in fields(self)):

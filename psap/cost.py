@@ -9,19 +9,25 @@ together take one pass over all of them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from psap.config import Target
+from psap.errors import ArgumentError
 from psap.graph import Graph
+
+if TYPE_CHECKING:
+    from psap.latency import LatencyTable
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
-KINDS = ("macs", "parameters", "activations")
-"""What is counted; the fields of `Cost`, and bounds of a `psap.Target`."""
+KINDS = ("macs", "parameters", "activations", "latency")
+"""What is counted, and bounds of a `psap.Target`; latency in milliseconds, 0 without a table."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +41,13 @@ class Cost:
         activations: number of elements that convolutions and linear layers give out for one input
             (Radosavovic et al., arXiv 2003.13678); None in plans that were written before it was
             counted. Times the bytes of an element, the activation memory of these layers.
+        latency_ms: predicted time of one pass with the batch that was traced, if there is a table.
     """
 
     macs: int
     parameters: int
     activations: int | None = None
+    latency_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -62,35 +70,21 @@ class CostModel:
 
     Args:
         graph: the channel graph.
+        latency: what `psap.measure_latency` returned for it.
+
+    Raises:
+        ArgumentError: the table does not cover the model.
     """
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, latency: LatencyTable | None = None) -> None:
         self._graph = graph
         names = [name for name, _ in graph.model.named_parameters()]
         count, known = len(names), set(names)
         names += [n for n in dict.fromkeys(c.weight for c in graph.calls) if n not in known]
         row = {name: i for i, name in enumerate(names)}
         rank = max(1, max(len(graph.shapes[name]) for name in names))
-        # A product is a column: its dimensions; first all parameters, then what layers give out.
-        base = np.ones((rank, 2 * len(names)))
-        gives = np.full(len(names), -1)
-        for name, i in row.items():
-            shape = graph.shapes[name]
-            base[: len(shape), i] = shape
-            dims = [d for d in range(len(shape)) if graph.roles.get((name, d)) == "out"]
-            if dims:
-                gives[i] = dims[0]
-                base[0, len(names) + i] = shape[dims[0]]
-        entries = []
-        for number, group in enumerate(graph.groups):
-            for (name, dim), times in group.sides.items():
-                if name in row:
-                    i = row[name]
-                    entries.append((dim, i, number, times))
-                    if dim == gives[i]:
-                        entries.append((0, len(names) + i, number, times))
-        self._products(base, np.array(entries, dtype=np.int64).reshape(-1, 4), graph)
-        self._prices = np.zeros((len(KINDS), 2 * len(names)))
+        gives = self._products(graph, row, rank)
+        self._prices = np.zeros((len(KINDS) - 1, 2 * len(names)))
         self._prices[1, :count] = 1
         for call in graph.calls:
             i = row[call.weight]
@@ -101,32 +95,74 @@ class CostModel:
         self._fixed = np.array([graph.fixed_macs / graph.batch, 0.0, 0.0])
         self._names = names
         self.sizes = np.array([group.size for group in graph.groups], dtype=np.int64)
+        self._times = None if latency is None else latency.times(graph, row)
+        if self._times is not None:
+            # Every pair of a group and a layer that it makes narrower.
+            meets = [np.flatnonzero(self._times.rows == c) for c in self._pair_column.tolist()]
+            self._pair = np.repeat(np.arange(len(meets)), [len(found) for found in meets])
+            self._layer = np.concatenate([*meets, np.empty(0, dtype=np.int64)]).astype(np.int64)
+        self._full = float(self._counts(self._dims(self.sizes))[2])
         self.dense = self.cost(self.sizes)
 
-    def _products(self, base: Floats, entries: Ints, graph: Graph) -> None:
-        """Keep the fixed part of every dimension, and where groups are in which product."""
+    def _products(self, graph: Graph, row: Mapping[str, int], rank: int) -> Ints:
+        """Keep the fixed part of every dimension, and where groups are in which product.
+
+        A product is a column of dimensions: first all parameters, then what layers give out.
+
+        Returns:
+            For every parameter the dimension along which it gives channels, or -1.
+        """
+        count = len(row)
+        base, gives = np.ones((rank, 2 * count)), np.full(count, -1)
+        for name, i in row.items():
+            shape = graph.shapes[name]
+            base[: len(shape), i] = shape
+            dims = [d for d in range(len(shape)) if graph.roles.get((name, d)) == "out"]
+            if dims:
+                gives[i] = dims[0]
+                base[0, count + i] = shape[dims[0]]
+        entries = []
+        for number, group in enumerate(graph.groups):
+            for (name, dim), times in group.sides.items():
+                if name in row:
+                    entries.append((dim, row[name], number, times))
+                    if dim == gives[row[name]]:
+                        entries.append((0, count + row[name], number, times))
+        self._keep(base, np.array(entries, dtype=np.int64).reshape(-1, 4), graph)
+        return gives
+
+    def _keep(self, base: Floats, entries: Ints, graph: Graph) -> None:
         sizes = np.array([group.size for group in graph.groups], dtype=np.int64)
         axes, columns, groups, times = entries.T
         self._at = axes * base.shape[1] + columns
-        self._groups, self._times = groups, times.astype(np.float64)
-        np.subtract.at(base.reshape(-1), self._at, self._times * sizes[groups])
+        self._groups, self._factors = groups, times.astype(np.float64)
+        np.subtract.at(base.reshape(-1), self._at, self._factors * sizes[groups])
         self._base = base
         keys = groups * base.shape[1] + columns
         pairs, where = np.unique(keys, return_inverse=True)
         self._pair_group, self._pair_column = pairs // base.shape[1], pairs % base.shape[1]
         self._slopes = np.zeros((base.shape[0], pairs.size))
-        np.add.at(self._slopes, (axes, where), self._times)
+        np.add.at(self._slopes, (axes, where), self._factors)
 
     def _dims(self, widths: ArrayLike) -> Floats:
         """Every dimension of every product, [rank, products]."""
-        moving = self._times * np.asarray(widths, dtype=np.float64)[self._groups]
+        moving = self._factors * np.asarray(widths, dtype=np.float64)[self._groups]
         added = np.bincount(self._at, moving, minlength=self._base.size)
         dims: Floats = self._base + added.reshape(self._base.shape)
         return dims
 
     def totals(self, widths: ArrayLike) -> Floats:
         """Cost at ``widths``, int [groups], in the order of `KINDS`."""
-        found: Floats = self._prices @ self._dims(widths).prod(axis=0) + self._fixed
+        dims = self._dims(widths)
+        counts = self._counts(dims)
+        if self._times is None:
+            return np.append(counts, 0.0)
+        times = self._times
+        layers = times.of(np.arange(len(times.rows)), dims[:, times.rows]).sum()
+        return np.append(counts, layers + times.rest_ms * counts[2] / max(1.0, self._full))
+
+    def _counts(self, dims: Floats) -> Floats:
+        found: Floats = self._prices @ dims.prod(axis=0) + self._fixed
         return found
 
     def changes(self, widths: ArrayLike, others: ArrayLike) -> Floats:
@@ -141,15 +177,23 @@ class CostModel:
         """
         dims = self._dims(widths)[:, self._pair_column]
         step = np.asarray(others, dtype=np.float64) - np.asarray(widths, dtype=np.float64)
-        added = (dims + self._slopes * step[self._pair_group]).prod(axis=0) - dims.prod(axis=0)
+        wider = dims + self._slopes * step[self._pair_group]
+        added = wider.prod(axis=0) - dims.prod(axis=0)
         prices = self._prices[:, self._pair_column]
         count = len(self.sizes)
-        return np.stack([np.bincount(self._pair_group, p * added, count) for p in prices])
+        found = [np.bincount(self._pair_group, p * added, count) for p in prices]
+        if self._times is None:
+            return np.stack([*found, np.zeros(count)])
+        times, pair, layer = self._times, self._pair, self._layer
+        slower = times.of(layer, wider[:, pair]) - times.of(layer, dims[:, pair])
+        rest = times.rest_ms * found[2] / max(1.0, self._full)
+        return np.stack([*found, np.bincount(self._pair_group[pair], slower, count) + rest])
 
     def cost(self, widths: ArrayLike) -> Cost:
         """Cost at ``widths``, int [groups]."""
-        macs, parameters, activations = (round(total) for total in self.totals(widths).tolist())
-        return Cost(macs, parameters, activations)
+        *counts, milliseconds = self.totals(widths).tolist()
+        macs, parameters, activations = (round(count) for count in counts)
+        return Cost(macs, parameters, activations, milliseconds if self._times else None)
 
     def layers(self, widths: ArrayLike) -> list[LayerCost]:
         """Shape and MACs of every weight that costs MACs, in the order of the model."""
@@ -172,21 +216,34 @@ class Budget:
     Args:
         cost: the cost model.
         target: bounds as shares of the dense network.
+
+    Raises:
+        ArgumentError: latency is bound, and the cost model has no table of it.
     """
 
     def __init__(self, cost: CostModel, target: Target) -> None:
+        if target.latency is not None and cost.dense.latency_ms is None:
+            raise ArgumentError(
+                "Target(latency=...) needs times that were measured; pass "
+                "latency=psap.measure_latency(graph, path)"
+            )
         self._cost = cost
-        dense = cost.totals(cost.sizes)
+        dense = _rounded(cost.totals(cost.sizes))
         shares = [getattr(target, kind) for kind in KINDS]
-        bounds = [np.inf if s is None else s * round(d) for s, d in zip(shares, dense, strict=True)]
-        self._most = np.array(bounds)
+        most = [np.inf if s is None else s * d for s, d in zip(shares, dense.tolist(), strict=True)]
+        self._most = np.array(most)
 
     def fits(self, widths: ArrayLike) -> bool:
         """Whether the widths, int [groups], keep every bound."""
-        return bool((np.round(self._cost.totals(widths)) <= self._most).all())
+        return bool((_rounded(self._cost.totals(widths)) <= self._most).all())
 
     def room(self, widths: Ints, wider: Ints) -> Bools:
         """For every group whether its wider width alone keeps every bound, bool [groups]."""
         totals = self._cost.totals(widths)[:, None] + self._cost.changes(widths, wider)
-        found: Bools = np.all(np.round(totals) <= self._most[:, None], axis=0)
+        found: Bools = np.all(_rounded(totals) <= self._most[:, None], axis=0)
         return found
+
+
+def _rounded(totals: Floats) -> Floats:
+    """Counts are whole, and sums of them in another order must compare alike; times to a ns."""
+    return np.concatenate([np.round(totals[:-1]), np.round(totals[-1:], 6)])

@@ -18,6 +18,7 @@ from psap import plans
 from psap.cost import CostModel
 from psap.errors import StateError
 from psap.graph import Graph
+from psap.latency import LatencyTable
 from psap.plans import Plan
 from psap.shrink import apply, small_copy
 
@@ -57,6 +58,7 @@ class Lineage:
 
     Args:
         graph: the graph of the dense model.
+        latency: of its layers, for targets that bound it.
 
     Attributes:
         dense: the same.
@@ -67,9 +69,9 @@ class Lineage:
         mode: "graph" once a cut has made programs of some modules.
     """
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, latency: LatencyTable | None = None) -> None:
         self.dense = self.graph = graph
-        self.cost = CostModel(graph)
+        self.cost = CostModel(graph, latency)
         self.mode: Literal["module", "graph"] = "module"
         self.architecture = plans.fingerprint(graph.model)
         empty = np.empty(0, dtype=np.int64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from psap.errors import ArgumentError, FileError
 
 Inputs = Tensor | tuple[Any, ...]
+Once = Callable[[Callable[..., Any], tuple[Any, ...], torch.device], float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,7 @@ def latency_ms(
     Raises:
         ArgumentError: an option is out of range, or the device is neither CPU nor CUDA.
     """
-    (times,) = _times((model,), example_inputs, repeats=repeats, warmup=warmup, threads=threads)
+    (times,) = latencies((model,), example_inputs, repeats=repeats, warmup=warmup, threads=threads)
     return times
 
 
@@ -97,7 +98,9 @@ def compare_latency(
     Raises:
         ArgumentError: an option is out of range, or the device is neither CPU nor CUDA.
     """
-    first, second = _times((a, b), example_inputs, repeats=repeats, warmup=warmup, threads=threads)
+    first, second = latencies(
+        (a, b), example_inputs, repeats=repeats, warmup=warmup, threads=threads
+    )
     return Comparison(a=first, b=second)
 
 
@@ -118,7 +121,7 @@ def file_size(path: str | Path) -> int:
         raise FileError(f"{path} cannot be read ({error.strerror})") from error
 
 
-def _times(
+def latencies(
     models: tuple[nn.Module, ...],
     example_inputs: Inputs,
     *,
@@ -126,6 +129,11 @@ def _times(
     warmup: int,
     threads: int | None,
 ) -> list[Latency]:
+    """Time several models in turn; arguments and errors are those of `latency_ms`.
+
+    Raises:
+        ArgumentError: an option is out of range, or the device is neither CPU nor CUDA.
+    """
     for name, value, low in (("repeats", repeats, 1), ("warmup", warmup, 0)):
         if value < low:
             raise ArgumentError(f"{name} is {value}; pass a whole number >= {low}")
@@ -133,9 +141,9 @@ def _times(
         raise ArgumentError(f"threads is {threads}; pass a whole number >= 1, or None")
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     device = _device(models, inputs)
-    once = _once_cuda if device.type == "cuda" else _once_cpu
+    once = stopwatch(device)
     times = np.empty((len(models), repeats))
-    with _quiet(models, threads):
+    with quiet(models, threads):
         for index in range(-warmup, repeats):
             for row, model in enumerate(models):
                 elapsed_ms = once(model, inputs, device)
@@ -170,7 +178,7 @@ def _device(models: tuple[nn.Module, ...], inputs: tuple[Any, ...]) -> torch.dev
 
 
 @contextmanager
-def _quiet(models: tuple[nn.Module, ...], threads: int | None) -> Iterator[None]:
+def quiet(models: tuple[nn.Module, ...], threads: int | None) -> Iterator[None]:
     """Eval mode, no gradients, this many threads; then everything as it was."""
     flags = [(module, module.training) for model in models for module in model.modules()]
     before = torch.get_num_threads()
@@ -188,13 +196,18 @@ def _quiet(models: tuple[nn.Module, ...], threads: int | None) -> Iterator[None]
             torch.set_num_threads(before)
 
 
-def _once_cpu(model: nn.Module, inputs: tuple[Any, ...], _: torch.device) -> float:
+def stopwatch(device: torch.device) -> Once:
+    """What times one call on a device, in milliseconds: of a callable, its inputs, the device."""
+    return _once_cuda if device.type == "cuda" else _once_cpu
+
+
+def _once_cpu(model: Callable[..., Any], inputs: tuple[Any, ...], _: torch.device) -> float:
     start = time.perf_counter_ns()
     model(*inputs)
     return (time.perf_counter_ns() - start) / 1e6
 
 
-def _once_cuda(model: nn.Module, inputs: tuple[Any, ...], device: torch.device) -> float:
+def _once_cuda(model: Callable[..., Any], inputs: tuple[Any, ...], device: torch.device) -> float:
     with torch.cuda.device(device):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()

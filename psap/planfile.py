@@ -164,11 +164,14 @@ def _side(body: Mapping[str, Any], reader: _Reader) -> SidePlan:
 
 
 def _cost(body: Mapping[str, Any], where: str) -> Cost:
-    activations = body.get("activations")
+    activations, milliseconds = body.get("activations"), body.get("latency_ms")
+    if milliseconds is not None and not (type(milliseconds) is float and 0 <= milliseconds < 1e9):
+        raise _damaged(where)
     return Cost(
         _whole(body["macs"], where),
         _whole(body["parameters"], where),
         None if activations is None else _whole(activations, where),
+        milliseconds,
     )
 
 

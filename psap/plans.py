@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from psap import schedule, scores
+from psap import choices, schedule, scores
 from psap.config import Target
-from psap.cost import Budget, Cost, CostModel, LayerCost
+from psap.cost import KINDS, Budget, Cost, CostModel, LayerCost
 from psap.errors import ArgumentError, ArgumentTypeError, TargetError
 from psap.graph import Graph
 
 if TYPE_CHECKING:
+    from psap.latency import LatencyTable
     from psap.plandiff import PlanDiff
 
 
@@ -118,6 +118,11 @@ class Plan:
             f"{self.before.parameters:,} -> {self.after.parameters:,} "
             f"({self.after.parameters / max(1, self.before.parameters):.1%} kept)"
         ]
+        if self.before.latency_ms and self.after.latency_ms is not None:
+            lines[0] += (
+                f", predicted latency {self.before.latency_ms:.3f} -> {self.after.latency_ms:.3f} "
+                f"ms ({self.after.latency_ms / self.before.latency_ms:.1%} kept)"
+            )
         width = max([len(group.name) for group in self.groups] + [8])
         for group in self.groups:
             gone = group.size - len(group.kept)
@@ -219,9 +224,10 @@ def plan(
     ratio: float | Mapping[str, float] | None = None,
     target: Target | None = None,
     score: Score | Mapping[str, Tensor] = "l2",
-    round_to: int = 1,
+    round_to: int | Literal["measured"] = 1,
     min_channels: int = 1,
     seed: int = 0,
+    latency: LatencyTable | None = None,
 ) -> Plan:
     """Choose which channels stay; the model is not changed.
 
@@ -235,46 +241,64 @@ def plan(
         target: bounds on the cost of the small network.
         score: "l2" or "l1" norms relative to the layer, "random", or importances [C_g] by group
             name.
-        round_to: widths are multiples of this where the group is large enough.
+        round_to: widths are multiples of this where the group is large enough; "measured" makes the
+            small network for several of them and takes the fastest (`psap.rounding`).
         min_channels: no group keeps fewer.
         seed: for score="random".
+        latency: what `measure_latency` returned; for Target(latency=...), and for the cost in the
+            plan.
 
     Raises:
         ArgumentError: a value is out of range, a name is unknown, or the model has changed since.
         ArgumentTypeError: an argument has the wrong type.
         TargetError: nothing can be pruned, or the target cannot be met.
     """
+    _check_call(graph, ratio, target)
+    if round_to == "measured":
+        from psap.rounding import fastest
+
+        return fastest(
+            graph,
+            ratio=ratio,
+            target=target,
+            score=score,
+            min_channels=min_channels,
+            seed=seed,
+            latency=latency,
+        ).plan
+    choices.check_whole("round_to", round_to, 1)
+    choices.check_whole("min_channels", min_channels, 1)
+    choices.check_whole("seed", seed, 0)
+    _require_fresh(graph)
+    cost = CostModel(graph, latency)
+    tensors = dict(graph.model.named_parameters())
+    sizes = [group.size for group in graph.groups]
+    bounds = schedule.limits(sizes, 1.0, min_channels, round_to)
+    stats = scores.measure(graph, tensors, 0.5, "l1" if score == "l1" else "l2")
+    if ratio is not None:
+        widths = choices.by_ratio(graph, ratio, bounds)
+    else:
+        assert target is not None
+        widths = solve_target(graph, cost, stats, bounds, target)
+    values = choices.importances(graph, stats, score, seed)
+    kept = [scores.strongest(v, int(w)) for v, w in zip(values, widths, strict=True)]
+    return from_masks(graph, kept, cost)
+
+
+def _check_call(graph: Any, ratio: Any, target: Any) -> None:
     if not isinstance(graph, Graph):
         raise ArgumentTypeError(
             f"graph is a {type(graph).__name__}; pass psap.trace(model, example_inputs)"
         )
     if (ratio is None) == (target is None):
         raise ArgumentError("give either ratio=0.5 or target=psap.Target(macs=0.3), and not both")
+    if ratio is None and not isinstance(target, Target):
+        raise ArgumentTypeError(f"target is {target!r}; pass psap.Target(macs=0.3), for example")
     if not graph.groups:
         raise TargetError(
             "no layer of this model can be pruned: "
             + "; ".join(f"{name}: {why}" for name, why in list(graph.left_alone.items())[:5])
         )
-    _check_whole("round_to", round_to, 1)
-    _check_whole("min_channels", min_channels, 1)
-    _check_whole("seed", seed, 0)
-    _require_fresh(graph)
-    cost = CostModel(graph)
-    tensors = dict(graph.model.named_parameters())
-    sizes = [group.size for group in graph.groups]
-    bounds = schedule.limits(sizes, 1.0, min_channels, round_to)
-    stats = scores.measure(graph, tensors, 0.5, "l1" if score == "l1" else "l2")
-    if ratio is not None:
-        widths = _by_ratio(graph, ratio, bounds)
-    else:
-        if not isinstance(target, Target):
-            raise ArgumentTypeError(
-                f"target is {target!r}; pass psap.Target(macs=0.3), for example"
-            )
-        widths = solve_target(graph, cost, stats, bounds, target)
-    values = _importances(graph, stats, score, seed)
-    kept = [scores.strongest(v, int(w)) for v, w in zip(values, widths, strict=True)]
-    return from_masks(graph, kept, cost)
 
 
 def _require_fresh(graph: Graph) -> None:
@@ -316,73 +340,16 @@ def require(cost: CostModel, widths: schedule.Ints, target: Target) -> None:
     """
     if cost.fits(widths, target):
         return
-    found = cost.cost(widths)
+    shares = cost.totals(widths) / np.maximum(cost.totals(cost.sizes), 1e-300)
+    names = ("MACs", "parameters", "activations", "predicted latency")
+    wanted = [share is not None for share in (getattr(target, kind) for kind in KINDS)]
+    kept = [
+        f"{share:.1%} of the {name}"
+        for at, (name, share) in enumerate(zip(names, shares.tolist(), strict=True))
+        if at < 2 or wanted[at]
+    ]
     raise TargetError(
         f"{target} cannot be met: the smallest network that these limits allow keeps "
-        f"{found.macs / cost.dense.macs:.1%} of the MACs and "
-        f"{found.parameters / cost.dense.parameters:.1%} of the parameters; raise the target, or "
-        "lower min_channels, or raise max_ratio"
+        f"{', '.join(kept[:-1])} and {kept[-1]}; raise the target, or lower min_channels, or raise "
+        "max_ratio"
     )
-
-
-def _check_whole(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ArgumentTypeError(f"{name} is {value!r}; pass a whole number >= {least}")
-    if value < least:
-        raise ArgumentError(f"{name} is {value!r}; pass a whole number >= {least}")
-
-
-def _by_ratio(
-    graph: Graph, ratio: float | Mapping[str, float], bounds: Sequence[schedule.Limits]
-) -> schedule.Ints:
-    if isinstance(ratio, Mapping):
-        names = {group.name for group in graph.groups}
-        unknown = sorted(set(ratio) - names, key=str)
-        if unknown:
-            raise ArgumentError(
-                f"ratio names {unknown[0]!r}, which is no group; groups: {sorted(names)}"
-            )
-        ratios = [ratio.get(group.name, 0.0) for group in graph.groups]
-    else:
-        ratios = [ratio] * len(graph.groups)
-    widths = []
-    for value, bound in zip(ratios, bounds, strict=True):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ArgumentTypeError(
-                f"ratio is {value!r}; pass the removed share, from 0 to below 1"
-            )
-        if not 0 <= value < 1:
-            raise ArgumentError(f"ratio is {value!r}; pass the removed share, from 0 to below 1")
-        widths.append(bound.nearest(bound.size - int(np.floor(value * bound.size + 1e-9))))
-    return np.array(widths, dtype=np.int64)
-
-
-def _importances(
-    graph: Graph, stats: Sequence[scores.GroupStats], score: Any, seed: int
-) -> list[scores.Floats]:
-    if isinstance(score, Mapping):
-        unknown = sorted(set(score) - {group.name for group in graph.groups}, key=str)
-        if unknown:
-            raise ArgumentError(f"score names {unknown[0]!r}, which is no group")
-        return [_given(group.name, group.size, score) for group in graph.groups]
-    if score == "random":
-        rng = np.random.default_rng(seed)
-        return [rng.random(group.size) for group in graph.groups]
-    if score not in ("l1", "l2"):
-        raise ArgumentError(
-            f"score is {score!r}; pass 'l1', 'l2', 'random', or importances by group"
-        )
-    return [scores.importance(s, score) for s in stats]
-
-
-def _given(name: str, size: int, score: Mapping[str, Tensor]) -> scores.Floats:
-    if name not in score:
-        raise ArgumentError(f"score has no entry for group {name!r}; give one of shape [{size}]")
-    try:
-        values = torch.as_tensor(score[name]).detach().double().cpu().numpy()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ArgumentTypeError(f"score[{name!r}] must be a tensor: {error}") from error
-    if values.shape != (size,) or not np.isfinite(values).all():
-        raise ArgumentError(f"score[{name!r}] must be finite and of shape [{size}]")
-    result: scores.Floats = values
-    return result

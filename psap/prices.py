@@ -37,7 +37,7 @@ def prices(graph: Graph, cost: CostModel, target: Target, alive: Bools, value: F
     groups, pruned = len(graph.groups), ~alive
     widths = np.bincount(graph.group_of[alive], minlength=groups)
     bounded = [getattr(target, kind) is not None for kind in KINDS]
-    shares = cost.changes(widths, widths + 1) / np.maximum(1, cost.totals(cost.sizes))[:, None]
+    shares = cost.changes(widths, widths + 1) / np.maximum(1e-9, cost.totals(cost.sizes))[:, None]
     share = np.maximum(shares[bounded].sum(axis=0), 1e-12)
     count = np.bincount(graph.group_of[pruned], minlength=groups)
     useful = np.bincount(graph.group_of[pruned], np.maximum(value[pruned], 0), groups)

@@ -16,6 +16,7 @@ from psap.errors import ArgumentTypeError, PsapError, StateError
 from psap.events import PruneEvent, WindowEvent, event_to_json
 from psap.gates import Bools, Floats, Gates
 from psap.graph import Graph, trace
+from psap.latency import LatencyTable
 from psap.lineage import Lineage
 from psap.protect import Window, check_trainable
 from psap.pruner_state import (
@@ -53,6 +54,7 @@ class Pruner:
         keep_optimizer: False for an optimizer whose state cannot be cut by channel (LBFGS,
             Adafactor): `finish` then gives none.
         friends: what else belongs to the training, as for `psap.apply`.
+        latency: what `psap.measure_latency` returned, for Target(latency=...).
 
     Raises:
         ArgumentTypeError: an argument has the wrong type.
@@ -73,6 +75,7 @@ class Pruner:
         config: Config | None = None,
         keep_optimizer: bool = True,
         friends: Sequence[Any] = (),
+        latency: LatencyTable | None = None,
     ) -> None:
         config = Config() if config is None else config
         if not isinstance(config, Config):
@@ -87,7 +90,7 @@ class Pruner:
         self.graph: Graph = trace(model, example_inputs, gated=True)
         optim.check_optimizer(optimizer, self.graph.model)
         optim.require_alone(optimizer)
-        self._lineage = Lineage(self.graph)
+        self._lineage = Lineage(self.graph, latency)
         self.cost = self._lineage.cost
         self._bounds = selection.bounds(self.graph, config)
         selection.require_target(self.graph, self.cost, config)

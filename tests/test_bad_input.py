@@ -256,8 +256,7 @@ def test_after_finish(inplace: bool) -> None:
         assert not torch.equal(net.conv1.weight, before)
     assert pruner.done
     assert [e["kind"] for e in result.report["events"]] == ["prune", "window"] * 2 + ["prune"]
-    bounds = {"macs": 0.4, "parameters": None, "activations": None}
-    assert result.report["config"]["target"] == bounds
+    assert result.report["config"]["target"]["macs"] == 0.4
 
 
 @pytest.mark.parametrize("inplace", [False, True])

@@ -16,7 +16,7 @@ TARGET = psap.Target(macs=0.5)
 def test_defaults_are_those_of_the_method() -> None:
     config = psap.Config()
     assert dataclasses.asdict(config) == {
-        "target": {"macs": 0.5, "parameters": None, "activations": None},
+        "target": {"macs": 0.5, "parameters": None, "activations": None, "latency": None},
         "prune_steps": 5,
         "warmup": 0,
         "interval": 1,

@@ -1,0 +1,95 @@
+"""What a caller of `psap.plan` chooses: ratios and scores, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from psap import schedule, scores
+from psap.errors import ArgumentError, ArgumentTypeError
+from psap.graph import Graph
+
+
+def check_whole(name: str, value: Any, least: int) -> None:
+    """Check a whole number.
+
+    Raises:
+        ArgumentTypeError: it is none.
+        ArgumentError: it is too small.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ArgumentTypeError(f"{name} is {value!r}; pass a whole number >= {least}")
+    if value < least:
+        raise ArgumentError(f"{name} is {value!r}; pass a whole number >= {least}")
+
+
+def by_ratio(
+    graph: Graph, ratio: float | Mapping[str, float], bounds: Sequence[schedule.Limits]
+) -> schedule.Ints:
+    """Widths int [groups] that a removed share gives, for all groups or by name.
+
+    Raises:
+        ArgumentError: a name is unknown, or a share is outside [0, 1).
+        ArgumentTypeError: a share is no number.
+    """
+    if isinstance(ratio, Mapping):
+        names = {group.name for group in graph.groups}
+        unknown = sorted(set(ratio) - names, key=str)
+        if unknown:
+            raise ArgumentError(
+                f"ratio names {unknown[0]!r}, which is no group; groups: {sorted(names)}"
+            )
+        ratios = [ratio.get(group.name, 0.0) for group in graph.groups]
+    else:
+        ratios = [ratio] * len(graph.groups)
+    widths = []
+    for value, bound in zip(ratios, bounds, strict=True):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ArgumentTypeError(
+                f"ratio is {value!r}; pass the removed share, from 0 to below 1"
+            )
+        if not 0 <= value < 1:
+            raise ArgumentError(f"ratio is {value!r}; pass the removed share, from 0 to below 1")
+        widths.append(bound.nearest(bound.size - int(np.floor(value * bound.size + 1e-9))))
+    return np.array(widths, dtype=np.int64)
+
+
+def importances(
+    graph: Graph, stats: Sequence[scores.GroupStats], score: Any, seed: int
+) -> list[scores.Floats]:
+    """Importances of the channels of every group, float64 [C_g] each.
+
+    Raises:
+        ArgumentError: the score is unknown, or importances do not fit the groups.
+        ArgumentTypeError: importances are no tensors.
+    """
+    if isinstance(score, Mapping):
+        unknown = sorted(set(score) - {group.name for group in graph.groups}, key=str)
+        if unknown:
+            raise ArgumentError(f"score names {unknown[0]!r}, which is no group")
+        return [_given(group.name, group.size, score) for group in graph.groups]
+    if score == "random":
+        rng = np.random.default_rng(seed)
+        return [rng.random(group.size) for group in graph.groups]
+    if score not in ("l1", "l2"):
+        raise ArgumentError(
+            f"score is {score!r}; pass 'l1', 'l2', 'random', or importances by group"
+        )
+    return [scores.importance(s, score) for s in stats]
+
+
+def _given(name: str, size: int, score: Mapping[str, Tensor]) -> scores.Floats:
+    if name not in score:
+        raise ArgumentError(f"score has no entry for group {name!r}; give one of shape [{size}]")
+    try:
+        values = torch.as_tensor(score[name]).detach().double().cpu().numpy()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentTypeError(f"score[{name!r}] must be a tensor: {error}") from error
+    if values.shape != (size,) or not np.isfinite(values).all():
+        raise ArgumentError(f"score[{name!r}] must be finite and of shape [{size}]")
+    result: scores.Floats = values
+    return result
