@@ -117,7 +117,7 @@ class CostModel:
         for name, i in row.items():
             shape = graph.shapes[name]
             base[: len(shape), i] = shape
-            dims = [d for d in range(len(shape)) if graph.roles.get((name, d)) == "out"]
+            dims = [d for d in range(len(shape)) if graph.roles.get((name, d)) in ("out", "state")]
             if dims:
                 gives[i] = dims[0]
                 base[0, count + i] = shape[dims[0]]
