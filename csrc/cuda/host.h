@@ -69,6 +69,7 @@ inline void* device_memory(const void* data, size_t bytes) {
   }
   if (status == cudaSuccess) status = cudaStreamSynchronize(stream);
   if (stream) cudaStreamDestroy(stream);
+  if (status != cudaSuccess) cudaFree(made);
   check_cuda(status, "memory");
   return made;
 }
@@ -98,25 +99,48 @@ class StreamState {
   // A copy of `bytes` in device memory; the same content is sent only once.
   const void* table(const std::vector<char>& bytes, cudaStream_t stream, bool captured) {
     std::list<Table>& tables = captured ? of_graphs_ : tables_;
-    for (const Table& table : tables) {
-      if (table.host == bytes) return table.device;
+    auto found = std::find_if(tables.begin(), tables.end(),
+                              [&](const Table& table) { return table.host == bytes; });
+    if (found == tables.end() && !captured && tables.size() >= kKept) {
+      found = rewrite_oldest(bytes, stream);
     }
-    if (!captured && tables.size() >= kKept) {
-      const RelaxedCapture relaxed;
-      check_cuda(cudaStreamSynchronize(stream), "table");  // it may be in use
-      check_cuda(cudaFree(tables.back().device), "table");
-      tables.pop_back();
+    if (found == tables.end()) {
+      void* made = device_memory(bytes.data(), bytes.size());
+      tables.push_front({bytes, bytes.size(), made});
+    } else {
+      tables.splice(tables.begin(), tables, found);
     }
-    tables.push_front({bytes, device_memory(bytes.data(), bytes.size())});
     return tables.front().device;
   }
 
  private:
   struct Table {
-    std::vector<char> host;
+    std::vector<char> host;  // empty: unknown
+    size_t room;
     void* device;
   };
   static constexpr size_t kKept = 8;
+
+  // In the order of the stream, on which all is that reads the former content. Without room in it
+  // the table is given up, and there is no result.
+  std::list<Table>::iterator rewrite_oldest(const std::vector<char>& bytes, cudaStream_t stream) {
+    const RelaxedCapture relaxed;
+    Table& oldest = tables_.back();
+    oldest.host.clear();
+    if (oldest.room < bytes.size()) {
+      check_cuda(cudaStreamSynchronize(stream), "table");  // it may be in use
+      check_cuda(cudaFree(oldest.device), "table");
+      tables_.pop_back();
+      return tables_.end();
+    }
+    // From pageable memory: it has been read when this returns.
+    check_cuda(
+        cudaMemcpyAsync(oldest.device, bytes.data(), bytes.size(), cudaMemcpyHostToDevice, stream),
+        "table");
+    oldest.host = bytes;
+    return std::prev(tables_.end());
+  }
+
   std::list<Table> tables_, of_graphs_;
   unsigned int* counters_ = nullptr;
   int64_t capacity_ = 0;

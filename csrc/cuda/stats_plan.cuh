@@ -8,7 +8,7 @@ namespace psap {
 
 constexpr int kStatsThreads = 256;
 // Filters up to here get a warp each or less; longer ones a block for every kStatsPiece elements,
-// so that a lane never adds more than 136 terms before its sums go to double.
+// so that a lane never adds more than 130 terms before its sums go to double.
 constexpr int64_t kWarpLength = 2048;
 constexpr int64_t kStatsPiece = 32768;
 
