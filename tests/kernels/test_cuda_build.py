@@ -58,3 +58,17 @@ def test_fake_cuda_tensors_get_what_the_reference_returns(name):
                 continue
             assert a.device.type == "cuda"
             assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+
+
+@pytest.mark.filterwarnings("ignore:.*opcheck:UserWarning")
+@pytest.mark.parametrize("name", _library.SCHEMAS)
+def test_opcheck_with_fake_cuda_tensors(name):
+    """Schema, registration for autograd, fake kernel and AOT dispatch; no kernel runs."""
+    op = getattr(torch.ops.psap, name).default
+    for arguments in op_arguments()[name]:
+        with FakeTensorMode() as mode:
+            on_gpu = pytree.tree_map_only(
+                torch.Tensor, lambda x: mode.from_tensor(x).to("cuda"), arguments
+            )
+            results = torch.library.opcheck(op, on_gpu)
+        assert set(results.values()) == {"SUCCESS"}
