@@ -36,6 +36,7 @@ from psap.data.loader import Loader, Subset
 from psap.errors import PsapError
 from psap.models import create
 
+Row = dict[str, Any]
 KEEPS = (0.5, 0.3, 0.15, 0.07)
 CACHE = Path(tempfile.gettempdir()) / "psap-accuracy"
 
@@ -61,10 +62,10 @@ def _first(loader: Loader, count: int | None) -> Loader:
 
 
 @torch.inference_mode()
-def accuracy(model: nn.Module, loader: Loader) -> float:
+def accuracy(model: nn.Module, loader: Loader, device: str = "cpu") -> float:
     """Share of the images that are classified correctly."""
     model.eval()
-    right = sum(int((model(x).argmax(1) == y).sum()) for x, y in loader)
+    right = sum(int((model(x.to(device)).argmax(1) == y.to(device)).sum()) for x, y in loader)
     return right / len(loader.images)
 
 
@@ -84,6 +85,7 @@ class Bench:
         folder: where the data is; None for the digits.
         weights: pretrained weights (safetensors); without them a dense network is trained first.
         cache: keeps dense networks that were trained here.
+        device: where the network trains.
     """
 
     def __init__(
@@ -94,21 +96,24 @@ class Bench:
         folder: Path | None = None,
         weights: Path | None = None,
         cache: Path = CACHE,
+        device: str = "cpu",
     ) -> None:
         self.setting, self.seed, self.weights, self.cache = setting, seed, weights, cache
+        self.device = device
         self.spec = _spec(setting, seed, folder)
         if self.spec.val is None:
             raise ValueError("no image is left for validation; raise Setting.val_share")
         self.val = self.spec.val
         self.train = _first(self.spec.train, setting.images)
-        self.example = next(iter(self.val))[0][:2].clone(memory_format=setting.memory_format)
+        example = next(iter(self.val))[0][:2].clone(memory_format=setting.memory_format)
+        self.example = example.to(device)
 
     def fresh(self) -> nn.Module:
         """The network before the run."""
         torch.manual_seed(self.seed)
         spec, setting = self.spec, self.setting
         model = create(setting.network, num_classes=spec.num_classes, in_channels=spec.channels)
-        model = model.to(memory_format=setting.memory_format)  # type: ignore[call-overload]
+        model = model.to(self.device, memory_format=setting.memory_format)  # type: ignore[call-overload]
         if setting.start == "pretrained":
             missing = model.load_state_dict(
                 load_file(self.weights or self._pretrained(model)), strict=False
@@ -129,12 +134,16 @@ class Bench:
             save_file({k: v.contiguous() for k, v in model.state_dict().items()}, file)
         return file
 
+    def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The training batches of an epoch, on the device."""
+        return ((x.to(self.device), y.to(self.device)) for x, y in self.train.epoch(number))
+
     def task(self, model: nn.Module, *, keep: float, epochs: int) -> Task:
         """What a method gets."""
         setting = self.setting
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
-            return itertools.chain.from_iterable(self.train.epoch(e) for e in itertools.count(5000))
+            return itertools.chain.from_iterable(self.epoch(e) for e in itertools.count(5000))
 
         return Task(
             model=model,
@@ -154,7 +163,7 @@ class Bench:
         method.begin(task)
         step = 0
         for epoch in range(epochs):
-            for x, y in self.train.epoch(epoch + offset):
+            for x, y in self.epoch(epoch + offset):
                 task.model.train()
                 rate = self.setting.lr * (1 + math.cos(math.pi * step / task.steps)) / 2
                 for group in task.optimizer.param_groups:
@@ -167,7 +176,7 @@ class Bench:
                 method.stepped(task, step)
         method.finish(task)
 
-    def run(self, method: Method, keep: float, *, test: bool = True) -> dict[str, Any]:
+    def run(self, method: Method, keep: float, *, test: bool = True) -> Row:
         """One run from beginning to end; the test images are read last, and only with ``test``."""
         model = self.fresh()
         dense = CostModel(psap.trace(model, self.example)).dense
@@ -184,18 +193,34 @@ class Bench:
         return {
             "macs_share": small.macs / dense.macs,
             "parameter_share": small.parameters / dense.parameters,
-            "val_accuracy": accuracy(task.model, self.val),
-            "test_accuracy": accuracy(task.model, self.spec.test) if test else None,
+            "val_accuracy": accuracy(task.model, self.val, self.device),
+            "test_accuracy": (accuracy(task.model, self.spec.test, self.device) if test else None),
             "cpu_seconds": round(seconds, 2),
             "widths": [g.size for g in graph.groups],
             **task.notes,
         }
 
 
-def _identity(row: dict[str, Any]) -> str:
+def _identity(row: Row) -> str:
     keys = ("setting", "method", "keep", "seed")
     tested = "refused" in row or row["test_accuracy"] is not None
     return json.dumps([*(row[key] for key in keys), tested], sort_keys=True)
+
+
+def _pending(file: Path, wanted: Iterator[tuple[int, str, float, str]], test: bool) -> list[Row]:
+    """The runs that are not in the file, each the beginning of its row."""
+    known = file.read_text().splitlines() if file.exists() else []
+    done = {_identity(row) for row in map(json.loads, known)}
+    found = []
+    for seed, setting, keep, method in wanted:
+        shared = json.loads(json.dumps(asdict(SETTINGS[setting])))  # as it is in the file
+        keep = 1.0 if method == "dense" else keep
+        row = {"suite": setting, "setting": shared, "method": method, "keep": keep, "seed": seed}
+        key = _identity({**row, "test_accuracy": 0 if test else None})
+        if key not in done:
+            done.add(key)
+            found.append(row)
+    return found
 
 
 def run(
@@ -209,6 +234,7 @@ def run(
     out: Path = rows.RESULTS,
     cache: Path = CACHE,
     threads: int = 1,
+    device: str = "cpu",
     test: bool = True,
 ) -> None:
     """Run what is not in the file yet; a row each.
@@ -224,6 +250,7 @@ def run(
         out: folder of the rows; the file is ``accuracy-<suite>.jsonl``.
         cache: keeps dense networks that were trained here.
         threads: of PyTorch.
+        device: where the networks train, "cpu" or "cuda".
         test: read the test images at the end; False while methods are being developed.
     """
     if suite not in SUITES:
@@ -233,16 +260,9 @@ def run(
     if peers is not None:
         sys.path.insert(0, str(peers.resolve()))
     torch.set_num_threads(threads)
-    name = f"accuracy-{suite}"
-    file = out / f"{name}.jsonl"
-    known = file.read_text().splitlines() if file.exists() else []
-    done = {_identity(row) for row in map(json.loads, known)}
-    for seed, setting, keep, method in itertools.product(seeds, SUITES[suite], keeps, methods):
-        kept = 1.0 if method == "dense" else keep
-        row = {"setting": asdict(SETTINGS[setting]), "method": method, "keep": kept, "seed": seed}
-        row = json.loads(json.dumps({"suite": setting, **row, "threads": threads}))
-        if (key := _identity({**row, "test_accuracy": 0 if test else None})) in done:
-            continue
-        done.add(key)
-        bench = Bench(SETTINGS[setting], seed, folder=data_dir, weights=weights, cache=cache)
-        rows.write(name, {**row, **bench.run(METHODS[method](), kept, test=test)}, out)
+    name, places = f"accuracy-{suite}", {"folder": data_dir, "weights": weights, "cache": cache}
+    wanted = itertools.product(seeds, SUITES[suite], keeps, methods)
+    for row in _pending(out / f"{name}.jsonl", wanted, test):
+        bench = Bench(SETTINGS[row["suite"]], row["seed"], device=device, **places)
+        found = bench.run(METHODS[row["method"]](), row["keep"], test=test)
+        rows.write(name, {**row, "threads": threads, "device": device, **found}, out)

@@ -94,7 +94,7 @@ def median(graph: Graph, task: Task) -> Scores:
         for name in group.producers:
             channels = graph.channels[name, 0] - group.start
             inside = (channels >= 0) & (channels < group.size)
-            rows = tensors[name].detach().flatten(1)[torch.from_numpy(inside)].double()
+            rows = tensors[name].detach().cpu().flatten(1)[torch.from_numpy(inside)].double()
             distance = torch.cdist(rows, rows).sum(1).numpy()
             np.add.at(total, channels[inside], distance / max(distance.mean(), 1e-300))
         found.append(total)
@@ -111,7 +111,7 @@ def gate_derivatives(graph: Graph) -> scores.Floats:
             continue
         channels = graph.channels[name, 0]
         inside = channels >= 0
-        product = (tensors[name] * gradient).detach().double().numpy()
+        product = (tensors[name] * gradient).detach().double().cpu().numpy()
         np.add.at(total, channels[inside], product[inside])
     return total
 
@@ -140,7 +140,8 @@ def affine(graph: Graph, task: Task) -> Scores:
             continue
         channels = graph.channels[name, 0]
         inside = channels >= 0
-        np.add.at(total, channels[inside], tensors[name].detach().abs().double().numpy()[inside])
+        scale = tensors[name].detach().abs().double().cpu().numpy()
+        np.add.at(total, channels[inside], scale[inside])
         np.add.at(count, channels[inside], 1)
     mean = total / np.maximum(count, 1)
     return [mean[g.start : g.start + g.size] for g in graph.groups]

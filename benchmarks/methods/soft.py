@@ -60,7 +60,7 @@ class SoftFilters(Method):
                 channels = self.graph.channels[name, 0] - group.start
                 inside = (channels >= 0) & (channels < group.size)
                 gone = inside & ~stays[np.clip(channels, 0, group.size - 1)]
-                tensors[name][torch.from_numpy(gone)] = 0
+                tensors[name][torch.from_numpy(gone).to(tensors[name].device)] = 0
 
 
 class AdaptiveFilters(SoftFilters):
