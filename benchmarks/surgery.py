@@ -203,9 +203,8 @@ def _alone(layers: int, width: int, kernel: int, repeats: int) -> Row:
 
 
 def run(
-    names: tuple[str, ...] = NAMES,
-    /,
     *,
+    models: tuple[str, ...] = NAMES,
     peers: Path | None = None,
     size: int = 0,
     repeats: int = 5,
@@ -216,7 +215,7 @@ def run(
     """Prune half of every layer, in turn with Torch-Pruning, and write a row for each network.
 
     Args:
-        names: models of torchvision; none with ``--names`` and nothing behind it.
+        models: names in torchvision; with nothing behind ``--models``, none.
         peers: a folder that holds torch-pruning 1.6.1.
         size: edge of the images; 0 for what each model is made for.
         repeats: timed turns.
@@ -235,12 +234,12 @@ def run(
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        if names:
+        if models:
             coverage.need("torchvision", "run it in the environment that `make zoo` sets up")
             coverage.need(
                 "torch_pruning", "pip install --no-deps --target DIR torch-pruning, --peers DIR"
             )
-        for name in names:
+        for name in models:
             rows.write("surgery", compared(name, size, repeats), out)
         for depth in layers:
             rows.write("surgery", _alone(depth, WIDTH, 3, min(repeats, 3)), out)

@@ -98,9 +98,15 @@ class CostModel:
         self._times = None if latency is None else latency.times(graph, row)
         if self._times is not None:
             # Every pair of a group and a layer that it makes narrower.
-            meets = [np.flatnonzero(self._times.rows == c) for c in self._pair_column.tolist()]
-            self._pair = np.repeat(np.arange(len(meets)), [len(found) for found in meets])
-            self._layer = np.concatenate([*meets, np.empty(0, dtype=np.int64)]).astype(np.int64)
+            order = np.argsort(self._times.rows, kind="stable")
+            ends = [np.searchsorted(self._times.rows[order], self._pair_column, side)
+                    for side in ("left", "right")]  # fmt: skip
+            count_of = ends[1] - ends[0]
+            self._pair = np.repeat(np.arange(count_of.size), count_of)
+            within = np.arange(self._pair.size) - np.repeat(
+                np.cumsum(count_of) - count_of, count_of
+            )
+            self._layer = order[np.repeat(ends[0], count_of) + within]
         self._full = float(self._counts(self._dims(self.sizes))[2])
         self.dense = self.cost(self.sizes)
 

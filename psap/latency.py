@@ -74,7 +74,7 @@ class LatencyTable:
         for layer in self.require(graph):
             curve = self.curves[layer.signature()]
             shape = "x".join(map(str, layer.weight_shape))
-            half = interpolate(*_stacked([curve]), *_halves(layer))[0]
+            half = Times([0], [curve], 0.0).of(np.zeros(1, dtype=np.int64), _halves(layer))[0]
             lines.append(f"{layer.weight:<40} {shape:>16} {curve.ms[-1][-1]:>9.3f} {half:>16.3f}")
             total += curve.ms[-1][-1]
         rest = self.rest_ms[_key(graph)]
@@ -112,10 +112,9 @@ class LatencyTable:
         return Times([row[layer.weight] for layer in found], curves, self.rest_ms[_key(graph)])
 
 
-def _halves(layer: Layer) -> tuple[Floats, Floats]:
-    sizes = layer.weight_shape[:2]
-    halves = [s // 2 if moves else s for s, moves in zip(sizes, layer.moves(), strict=True)]
-    return np.array([halves[0]], dtype=np.float64), np.array([halves[1]], dtype=np.float64)
+def _halves(layer: Layer) -> Floats:
+    sizes = zip(layer.weight_shape[:2], layer.moves(), strict=True)
+    return np.array([[size // 2 if moves else size] for size, moves in sizes], dtype=np.float64)
 
 
 def measure_latency(
@@ -262,22 +261,11 @@ def _stacked(curves: Sequence[Curve]) -> tuple[Floats, Floats, Floats]:
     return first, second, ms
 
 
-def _position(knots: Floats, sizes: Floats) -> tuple[Ints, Floats]:
+def _position(knots: Floats, which: Ints, sizes: Floats) -> tuple[Ints, Floats]:
     """The knot below each size, and how far it is to the next one, from 0 to 1."""
-    below = np.clip((knots <= sizes[:, None]).sum(axis=1) - 1, 0, knots.shape[1] - 2)
-    at = np.arange(len(sizes))
-    low, high = knots[at, below], knots[at, below + 1]
+    below = np.clip((knots[which] <= sizes[:, None]).sum(axis=1) - 1, 0, knots.shape[1] - 2)
+    low, high = knots[which, below], knots[which, below + 1]
     return below, np.clip((sizes - low) / (high - low), 0, 1)
-
-
-def interpolate(first: Floats, second: Floats, ms: Floats, d0: Floats, d1: Floats) -> Floats:
-    """Milliseconds of layers whose weights begin with dimensions ``d0`` and ``d1``, [layers]."""
-    (i, s), (j, t) = _position(first, d0), _position(second, d1)
-    at = np.arange(len(d0))
-    low = ms[at, i, j] * (1 - t) + ms[at, i, j + 1] * t
-    high = ms[at, i + 1, j] * (1 - t) + ms[at, i + 1, j + 1] * t
-    result: Floats = low * (1 - s) + high * s
-    return result
 
 
 class Times:
@@ -292,12 +280,19 @@ class Times:
     def __init__(self, rows: Sequence[int], curves: Sequence[Curve], rest_ms: float) -> None:
         self.rows = np.array(rows, dtype=np.int64)
         self.rest_ms = rest_ms
-        self._arrays = _stacked(curves)
+        distinct = {curve: at for at, curve in enumerate(dict.fromkeys(curves))}
+        self._curve = np.array([distinct[curve] for curve in curves], dtype=np.int64)
+        self._first, self._second, self._ms = _stacked(list(distinct))
 
     def of(self, which: Ints, sizes: Floats) -> Floats:
         """Milliseconds of some layers, [n], at sizes [2 or more, n] of the weights' dimensions."""
-        first, second, ms = (array[which] for array in self._arrays)
-        return interpolate(first, second, ms, sizes[0], sizes[1])
+        curve, ms = self._curve[which], self._ms
+        i, s = _position(self._first, curve, sizes[0])
+        j, t = _position(self._second, curve, sizes[1])
+        low = ms[curve, i, j] * (1 - t) + ms[curve, i, j + 1] * t
+        high = ms[curve, i + 1, j] * (1 - t) + ms[curve, i + 1, j + 1] * t
+        result: Floats = low * (1 - s) + high * s
+        return result
 
 
 # The file

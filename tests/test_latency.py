@@ -16,7 +16,7 @@ from zoo import CASES
 import psap
 from psap import cli, latency, measure, rounding
 from psap.cost import Budget, CostModel
-from psap.latency import Curve, LatencyTable, interpolate
+from psap.latency import Curve, LatencyTable
 from psap.layers import layers
 
 
@@ -197,11 +197,10 @@ def test_between_the_knots() -> None:
         Curve(((2, 4, 8), (1, 3)), ((1.0, 2.0), (2.0, 4.0), (6.0, 8.0))),
         Curve(((5, 10), (3,)), ((1.0,), (3.0,))),
     ]
-    first, second, ms = latency._stacked(curves)
+    times = latency.Times([0, 1], curves, 0.0)
 
     def at(*sizes: tuple[float, float]) -> list[float]:
-        d0, d1 = np.array(sizes, dtype=np.float64).T
-        return interpolate(first, second, ms, d0, d1).tolist()
+        return times.of(np.arange(2), np.array(sizes, dtype=np.float64).T).tolist()
 
     assert at((4, 3), (10, 3)) == [4.0, 3.0]
     assert at((3, 1), (7.5, 3)) == [1.5, 2.0]

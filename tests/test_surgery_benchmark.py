@@ -20,14 +20,14 @@ def test_a_chain_gives_a_whole_row(tmp_path: Any, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(surgery, "_alone", alone)
     monkeypatch.setattr(surgery, "WIDTH", 8)
-    surgery.run((), layers=(4,), repeats=2, out=tmp_path)
+    surgery.run(models=(), layers=(4,), repeats=2, out=tmp_path)
     assert asked == [(4, 8, 3, 2)]
     assert rows.faults(tmp_path) == []
     (row,) = (json.loads(line) for line in (tmp_path / "surgery.jsonl").read_text().splitlines())
     assert row["groups"] == 4 and row["budget_search_ms"] > 0
     assert row["median_ms"] == pytest.approx(row["plan_ms"] + row["apply_ms"], rel=0.5)
     with pytest.raises(ValueError, match="repeats is 1; pass at least 2"):
-        surgery.run((), repeats=1)
+        surgery.run(models=(), repeats=1)
 
 
 @pytest.mark.slow
