@@ -18,9 +18,9 @@ _MAX_INT32 = 2**31 - 1
 def tensor_list(name: str, value: Sequence[Tensor], *, length: int | None = None) -> list[Tensor]:
     """A sequence of dense tensors; ``length`` of them if given."""
     if isinstance(value, Tensor) or not isinstance(value, Sequence):
+        hint = f"wrap it as [{name}]" if isinstance(value, Tensor) else f"use list({name})"
         raise TypeError(
-            f"{name} is a {type(value).__name__}, wanted a list or tuple of tensors:"
-            f" wrap a single one as [{name}]"
+            f"{name} is a {type(value).__name__}, wanted a list or tuple of tensors: {hint}"
         )
     if length is not None and len(value) != length:
         raise ValueError(f"{name} has {len(value)} entries, wanted {length}: one for each tensor")
@@ -30,6 +30,11 @@ def tensor_list(name: str, value: Sequence[Tensor], *, length: int | None = None
         if item.layout != torch.strided:
             raise TypeError(
                 f"{name}[{i}] has layout {item.layout}, wanted torch.strided: use .to_dense()"
+            )
+        if item.is_nested or item.is_quantized:
+            raise TypeError(
+                f"{name}[{i}] is a nested or quantized tensor, wanted a plain one:"
+                " use .unbind() or .int_repr()"
             )
     return list(value)
 
@@ -124,8 +129,8 @@ def index_ranges(name: str, lists: dict[int, Tensor], sizes: dict[int, int]) -> 
     """
     if torch.compiler.is_compiling() or not lists or next(iter(lists.values())).is_meta:
         return
-    lengths = torch.tensor([index.shape[0] for index in lists.values()])
-    limits = torch.tensor([sizes[i] for i in lists]).repeat_interleave(lengths)
+    lengths = torch.tensor([index.shape[0] for index in lists.values()], device="cpu")
+    limits = torch.tensor([sizes[i] for i in lists], device="cpu").repeat_interleave(lengths)
     flat = torch.cat(list(lists.values()))
     wrong = (flat < 0) | (flat >= limits.to(flat.device))
     if not wrong.any():
@@ -141,7 +146,8 @@ def index_ranges(name: str, lists: dict[int, Tensor], sizes: dict[int, int]) -> 
 
 def expanded(tensor: Tensor) -> bool:
     """Whether elements share memory, so that writing them is undefined."""
-    return any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    shared = any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return shared and tensor.numel() > 0
 
 
 def writable(name: str, tensors: list[Tensor]) -> None:
@@ -192,6 +198,11 @@ def histogram_arguments(
     tensors: list[Tensor], scales: Tensor, first: int, shift: int, bins: int
 ) -> None:
     """Arguments of ``abs_histogram``."""
+    if not isinstance(scales, Tensor):
+        raise TypeError(
+            f"scales is a {type(scales).__name__}, wanted a float32 tensor [L]:"
+            " use torch.tensor(...)"
+        )
     device = tensors[0].device if tensors else scales.device
     for i, tensor in enumerate(tensors):
         same_device("tensors", i, tensor, device)
@@ -254,7 +265,8 @@ def _gate_indices(
             f"offsets run from {ends[0]} to {ends[1]}, wanted an ascending list from 0 to"
             f" {terms.shape[0]}, the number of terms"
         )
-    sizes = torch.tensor([(v.shape[0], g.shape[0]) for v, g in zip(values, grads, strict=True)])
+    rows_of = [(v.shape[0], g.shape[0]) for v, g in zip(values, grads, strict=True)]
+    sizes = torch.tensor(rows_of, device="cpu")
     pairs = terms[:, 0].long()
     inside = (pairs >= 0) & (pairs < len(values))
     if bool(inside.all()) and len(pairs):

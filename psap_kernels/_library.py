@@ -99,10 +99,31 @@ _load.part("_C_cuda")
 
 def register(name: str, *, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Give op ``name`` its reference, which serves every device, and its fake kernel."""
+    reference = _plain_only(name, reference)
     _library.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"psap::{name}", fake, lib=_library)
     if _load.part("_C_cuda").module is None:
         _library.impl(name, _on_cuda(name, reference), "CUDA")
+
+
+def _plain_only(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse what made the dispatcher pass a compiled kernel by, before anything is written.
+
+    One sparse or quantized tensor among others is enough for that, and the kernel would have been
+    the one to check.
+    """
+
+    def run(*arguments: Any) -> Any:
+        for argument in arguments:
+            for tensor in argument if isinstance(argument, list) else []:
+                if tensor.layout != torch.strided or tensor.is_quantized:
+                    raise TypeError(
+                        f"{name}: a tensor is sparse or quantized, wanted plain ones:"
+                        " use .to_dense() or .int_repr()"
+                    )
+        return reference(*arguments)
+
+    return run
 
 
 def _on_cuda(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:

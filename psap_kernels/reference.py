@@ -8,6 +8,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Dtypes that few operations of PyTorch know, and integers of their size.
+_INTEGERS = {
+    torch.uint16: torch.int16,
+    torch.uint32: torch.int32,
+    torch.uint64: torch.int64,
+    torch.float8_e4m3fn: torch.uint8,
+    torch.float8_e4m3fnuz: torch.uint8,
+    torch.float8_e5m2: torch.uint8,
+    torch.float8_e5m2fnuz: torch.uint8,
+    torch.float8_e8m0fnu: torch.uint8,
+}
+
 
 def layer_stats(
     weights: list[Tensor], grads: list[Tensor], tau: Tensor, per_input: bool = False
@@ -21,7 +33,7 @@ def layer_stats(
     for layer, weight in enumerate(weights):
         w = _rows(weight)
         g = _rows(grads[layer]) if grads else torch.zeros_like(w)
-        wg = w * g
+        wg = w * g if grads else g  # 0 without gradients, where w is NaN too
         sums = torch.stack([t.sum(1) for t in (w.abs(), w * w, g.abs(), g * g, wg.abs(), wg, w)])
         counts = torch.stack(
             [t.sum(1) for t in (w.abs() < tau[layer], ~w.isfinite(), ~g.isfinite())]
@@ -88,10 +100,11 @@ def shrink(tensors: list[Tensor], keep_dim0: list[Tensor], keep_dim1: list[Tenso
     """Two index_selects, in the memory format of the input."""
     outputs = []
     for tensor, keep0, keep1 in zip(tensors, keep_dim0, keep_dim1, strict=True):
-        out = tensor.index_select(0, keep0)
+        out = _bits(tensor).index_select(0, keep0)
         if tensor.dim() > 1:
             out = out.index_select(1, keep1)
-        outputs.append(out.contiguous(memory_format=memory_format(tensor)))
+        out = out.contiguous(memory_format=memory_format(tensor))
+        outputs.append(out if out.dtype == tensor.dtype else out.view(tensor.dtype))
     return outputs
 
 
@@ -114,10 +127,16 @@ def memory_format(tensor: Tensor) -> torch.memory_format:
 def zero_filters_(tensors: list[Tensor], keep: list[Tensor]) -> None:
     """A masked fill: multiplying would leave NaN."""
     for tensor, kept in zip(tensors, keep, strict=True):
-        tensor.masked_fill_(~kept.reshape(-1, *[1] * (tensor.dim() - 1)), 0)
+        _bits(tensor).masked_fill_(~kept.reshape(-1, *[1] * (tensor.dim() - 1)), 0)
 
 
 def restore_filters_(tensors: list[Tensor], rows: list[Tensor], saved: list[Tensor]) -> None:
     """An index copy: the bits of ``saved`` as they are."""
     for tensor, index, values in zip(tensors, rows, saved, strict=True):
-        tensor.index_copy_(0, index, values)
+        _bits(tensor).index_copy_(0, index, _bits(values))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The same memory, in a dtype that every operation of PyTorch knows."""
+    known = _INTEGERS.get(tensor.dtype)
+    return tensor if known is None else tensor.view(known)

@@ -7,6 +7,7 @@ namespace psap {
 
 // Every element of a tensor that is written has memory of its own.
 inline void require_own_memory(const torch::stable::Tensor& x, const char* op) {
+  if (x.numel() == 0) return;
   const auto sizes = x.sizes();
   const auto strides = x.strides();
   for (size_t d = 0; d < sizes.size(); d++) {

@@ -30,7 +30,8 @@ class PairLayout {
     for (int64_t d = 0; d < n; d++) {
       count_ *= sizes[d];
       if (sizes[d] == 1) continue;
-      if (found == kMaxDims) throw std::runtime_error("a tensor has too many dimensions");
+      if (found == kMaxDims)
+        throw std::runtime_error("a tensor has too many dimensions: merge some with .flatten()");
       // Memory order of the first tensor; stable, hence a function of the strides alone.
       int at = found++;
       for (; at > 0 && dims[at - 1].a < a[d]; at--) dims[at] = dims[at - 1];

@@ -34,7 +34,8 @@ struct OutputShape {
 
   OutputShape(const torch::stable::Tensor& x, int64_t kept0, int64_t kept1)
       : dims(x.dim()), channels_last(is_channels_last(x)) {
-    STD_TORCH_CHECK(dims <= kMaxDims, "shrink: tensors have at most ", kMaxDims, " dimensions");
+    STD_TORCH_CHECK(dims <= kMaxDims, "shrink: tensors have at most ", kMaxDims,
+                    " dimensions: merge some with .flatten()");
     const auto from = x.sizes();
     std::copy(from.begin(), from.end(), sizes);
     sizes[0] = kept0;
@@ -42,7 +43,7 @@ struct OutputShape {
     int64_t next = 1;
     const auto place = [&](int64_t d) {
       strides[d] = next;
-      next *= std::max<int64_t>(1, sizes[d]);
+      next *= channels_last ? sizes[d] : std::max<int64_t>(1, sizes[d]);  // as PyTorch has it
     };
     if (channels_last) place(1);
     for (int64_t d = dims - 1; d >= (channels_last ? 2 : 1); d--) place(d);

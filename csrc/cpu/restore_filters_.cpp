@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <list>
 #include <vector>
 
 #include "rows.h"
@@ -41,13 +42,20 @@ void restore_rows(const Copies& x, int64_t begin, int64_t end) {
   }
 }
 
+// As a plain number: scalar_type() does not know every dtype, and none matters here.
+int32_t dtype_of(const Tensor& x) {
+  int32_t dtype = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  return dtype;
+}
+
 void check(const Tensor& x, const Tensor& rows, const Tensor& saved) {
   STD_TORCH_CHECK(x.is_cpu() && x.dim() >= 1,
                   "restore_filters_: tensors must be on the CPU, [O, ...]");
   require_own_memory(x, "restore_filters_");
   STD_TORCH_CHECK(rows.is_cpu() && rows.dim() == 1 && rows.scalar_type() == ScalarType::Long,
                   "restore_filters_: rows must be an int64 CPU tensor of one dimension");
-  bool same = saved.is_cpu() && saved.scalar_type() == x.scalar_type() && saved.dim() == x.dim() &&
+  bool same = saved.is_cpu() && dtype_of(saved) == dtype_of(x) && saved.dim() == x.dim() &&
               saved.size(0) == rows.size(0);
   const auto sizes = x.sizes();
   for (size_t d = 1; same && d < sizes.size(); d++) same = saved.size(d) == sizes[d];
@@ -78,6 +86,11 @@ void restore_filters_(const TensorList& tensors, const TensorList& rows, const T
   STD_TORCH_CHECK(tensors.size() == rows.size() && tensors.size() == saved.size(),
                   "restore_filters_: as many rows and saved tensors as tensors are wanted");
   RowRange<Copies> copies(tensors.size());
+  std::list<std::vector<int64_t>> indices;  // a list: what it holds must not move
+  bool writes_indices = false;
+  for (size_t t = 0; t < tensors.size(); t++) {
+    writes_indices = writes_indices || dtype_of(tensors[t]) == aoti_torch_dtype_int64();
+  }
   std::vector<PairLayout> layouts;
   layouts.reserve(tensors.size());  // the parts point into it
   for (size_t t = 0; t < tensors.size(); t++) {
@@ -89,14 +102,22 @@ void restore_filters_(const TensorList& tensors, const TensorList& rows, const T
     const PairLayout inner = inner_layout(x, values);
     if (!inner.dense()) layouts.push_back(inner);
     const int64_t bytes = inner.count() * element;
+    const int64_t* row = static_cast<const int64_t*>(index.const_data_ptr());
+    int64_t step = index.stride(0);
+    if (writes_indices) {  // one of the tensors may be a list of rows: checked, then changed
+      indices.emplace_back(index.size(0));
+      for (int64_t r = 0; r < index.size(0); r++) indices.back()[r] = row[r * step];
+      row = indices.back().data();
+      step = 1;
+    }
     const Copies part{static_cast<char*>(x.mutable_data_ptr()),
                       static_cast<const char*>(values.const_data_ptr()),
                       x.stride(0) * element,
                       values.stride(0) * element,
                       element,
                       bytes,
-                      static_cast<const int64_t*>(index.const_data_ptr()),
-                      index.stride(0),
+                      row,
+                      step,
                       inner.dense() ? nullptr : &layouts.back()};
     check_rows(part, index.size(0), x.size(0), t);
     copies.add(part, index.size(0), bytes);

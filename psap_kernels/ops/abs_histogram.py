@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -45,8 +47,11 @@ def abs_histogram(
         ValueError: a number is out of range, or a shape or device does not fit.
         TypeError: not tensors, or a dtype that is not supported.
     """
+    if not isinstance(tensors, (list, tuple)):
+        tensors = _checks.tensor_list("tensors", tensors)
     if scales is None:
-        scales = torch.ones(len(tensors), device=_backend.device_of(tensors))
+        device = _backend.device_of(tensors)
+        scales = torch.ones(len(tensors), dtype=torch.float32, device=device)
     arguments = (tensors, scales, first, shift, bins)
     counts: Tensor = _backend.run(
         "abs_histogram",
@@ -76,8 +81,11 @@ def abs_quantile(tensors: Sequence[Tensor], q: float, *, scales: Tensor | None =
 
     Raises:
         ValueError: q is out of range, there is no element, or see `abs_histogram`.
-        TypeError: see `abs_histogram`.
+        TypeError: q is not a number, or see `abs_histogram`.
     """
+    if not isinstance(q, Real):
+        raise TypeError(f"q is a {type(q).__name__}, wanted a number from 0 to 1")
+    q = float(q)  # a rank would be rounded in anything narrower
     if not 0 <= q <= 1:
         raise ValueError(f"q is {q!r}, wanted 0 <= q <= 1")
     tensors = _checks.tensor_list("tensors", tensors)
@@ -91,7 +99,8 @@ def abs_quantile(tensors: Sequence[Tensor], q: float, *, scales: Tensor | None =
         upto = counts.sum(0).cumsum(0)
         column = int((upto >= rank).nonzero()[0, 0])
         first += (column - 1) << shift
-    return torch.tensor(first, dtype=torch.int32).view(torch.float32).item()
+    value: float = struct.unpack("f", struct.pack("i", first))[0]
+    return value
 
 
 def _fake(tensors: list[Tensor], scales: Tensor, first: int, shift: int, bins: int) -> Tensor:

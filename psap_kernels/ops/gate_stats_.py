@@ -43,7 +43,11 @@ def gate_stats_(
         ValueError: a shape, an index, the number of tensors or a device does not fit.
         TypeError: not tensors, or a dtype that is not supported.
     """
-    arguments = (sums, seen, values, grads, terms, offsets, float(scale))
+    try:
+        scale = float(scale)
+    except (TypeError, ValueError):
+        raise TypeError(f"scale is {scale!r}, wanted a number: 1 / loss scale, say") from None
+    arguments = (sums, seen, values, grads, terms, offsets, scale)
     _backend.run("gate_stats_", [sums], arguments, lambda: _check(*arguments[:-1]))
 
 

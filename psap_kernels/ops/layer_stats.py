@@ -13,7 +13,7 @@ from psap_kernels import _backend, _checks, reference
 from psap_kernels._library import register
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no one truth value to compare by
 class LayerStats:
     """What ``layer_stats`` knows of F filters in L layers.
 
@@ -153,8 +153,11 @@ def layer_stats(
         TypeError: not tensors, or a dtype that is not supported.
     """
     given = [] if grads is None else grads
+    if not isinstance(weights, (list, tuple)):
+        weights = _checks.tensor_list("weights", weights)
     if tau is None:
-        tau = torch.zeros(len(weights), device=_backend.device_of(weights))
+        device = _backend.device_of(weights)
+        tau = torch.zeros(len(weights), dtype=torch.float32, device=device)
     arguments = (weights, given, tau, per_input)
     filter_sums, filter_counts, layer_sums, layer_counts, input_sums = _backend.run(
         "layer_stats", weights, arguments, lambda: _check(weights, grads, tau, per_input)
@@ -173,6 +176,8 @@ def _check(
     weights: Sequence[Tensor], grads: Sequence[Tensor] | None, tau: Tensor, per_input: bool
 ) -> None:
     weights = _checks.tensor_list("weights", weights)
+    if not isinstance(per_input, bool):
+        raise TypeError(f"per_input is a {type(per_input).__name__}, wanted True or False")
     if per_input and not grads and weights:
         raise ValueError("per_input is True without grads: pass the gradient of every weight")
     grads = [] if grads is None else _checks.tensor_list("grads", grads, length=len(weights))

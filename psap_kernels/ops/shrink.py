@@ -34,6 +34,8 @@ def shrink(
         ValueError: an index is out of range, or a shape, list length or device does not fit.
         TypeError: not tensors, or indices that are not int64.
     """
+    if not isinstance(tensors, (list, tuple)):
+        tensors = _checks.tensor_list("tensors", tensors)
     keep_dim0 = _filled(keep_dim0, tensors, dim=0)
     keep_dim1 = _filled([None] * len(tensors) if keep_dim1 is None else keep_dim1, tensors, dim=1)
     arguments = (tensors, keep_dim0, keep_dim1)
