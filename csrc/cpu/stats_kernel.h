@@ -25,8 +25,10 @@ struct StatsLayer {
   int64_t inputs = 0, after = 1;
 };
 
-// Lanes go to double after so many elements: their error does not grow with the filter.
-constexpr int64_t kFlushElements = 2048;
+// Lanes go to double after so many elements: 32 additions in float, whose error stays below 5e-7
+// even where all values are equal and every addition is rounded to the same side.
+constexpr int64_t kFlushElements = 256;
+constexpr int64_t kBlockElements = 2048;  // of strided values that are collected at a time
 // How far ahead of the loads memory is asked for: the processor's own prefetching stops at the end
 // of a page.
 constexpr int64_t kPrefetchBytes = 1024;
@@ -58,14 +60,20 @@ PSAP_INLINE void add_to(double* sums, const f64x4& more) {
   std::memcpy(sums, &sum, sizeof sum);
 }
 
-template <class Arith>
-PSAP_INLINE void flush(const Lanes<Arith>& lanes, Totals& out) {
-  const typename Arith::V* s = lanes.sum;
-  add_to(out.sum,
-         lane_sums(Arith::fold(s[0]), Arith::fold(s[1]), Arith::fold(s[2]), Arith::fold(s[3])));
-  add_to(out.sum + 4, lane_sums(Arith::fold(s[4]), Arith::fold(s[5]), Arith::fold(s[6]),
-                                Arith::fold(lanes.below_tau)));
-}
+// Running sums in double, and the count below tau, still by lane.
+struct Wide {
+  f64x4 sum[kLayerSums + 1] = {};
+
+  template <class Arith>
+  PSAP_INLINE void add(const Lanes<Arith>& lanes) {
+    for (int s = 0; s < kLayerSums; s++) sum[s] += Arith::fold(lanes.sum[s]);
+    sum[kLayerSums] += Arith::fold(lanes.below_tau);
+  }
+  PSAP_INLINE void add_to(Totals& out) const {
+    psap::add_to(out.sum, lane_sums(sum[0], sum[1], sum[2], sum[3]));
+    psap::add_to(out.sum + 4, lane_sums(sum[4], sum[5], sum[6], sum[7]));
+  }
+};
 
 // One load of w and g. `products`, if not null, gets w g added for each lane.
 template <class D, bool kGrads, bool kInputs>
@@ -87,7 +95,7 @@ PSAP_INLINE void add_vectors(Lanes<typename D::Arith>& lanes, const typename D::
 
 template <class D, bool kGrads, bool kInputs>
 PSAP_INLINE void add_dense(const typename D::T* w, const typename D::T* g, int64_t n, double limit,
-                           Totals& out, Number<D>* products) {
+                           Wide& sums, Totals& out, Number<D>* products) {
   constexpr int64_t kAhead = kPrefetchBytes / static_cast<int64_t>(sizeof *w);
   const typename D::Arith::V tau = D::Arith::splat(limit);
   int64_t i = 0;
@@ -115,7 +123,7 @@ PSAP_INLINE void add_dense(const typename D::T* w, const typename D::T* g, int64
       if (0 < tau[0]) out.sum[kLayerSums] -= static_cast<double>(kStep<D> - rest);
       i = n;
     }
-    flush(lanes, out);
+    sums.add(lanes);
   }
 }
 
@@ -123,10 +131,10 @@ PSAP_INLINE void add_dense(const typename D::T* w, const typename D::T* g, int64
 template <class D, bool kGrads, bool kInputs>
 PSAP_INLINE void add_strided(const typename D::T* w, const typename D::T* g,
                              const PairLayout& layout, int64_t from, int64_t to, double tau,
-                             Totals& out, Number<D>* products) {
-  typename D::T w_block[kFlushElements], g_block[kFlushElements];
-  for (int64_t at = from; at < to; at += kFlushElements) {
-    const int64_t end = std::min(to, at + kFlushElements);
+                             Wide& sums, Totals& out, Number<D>* products) {
+  typename D::T w_block[kBlockElements], g_block[kBlockElements];
+  for (int64_t at = from; at < to; at += kBlockElements) {
+    const int64_t end = std::min(to, at + kBlockElements);
     int64_t filled = 0;
     layout.for_each_run(at, end, [&](int64_t a, int64_t b, const Dim& dim) {
       for (int64_t i = 0; i < dim.size; i++, filled++) {
@@ -134,7 +142,7 @@ PSAP_INLINE void add_strided(const typename D::T* w, const typename D::T* g,
         if (kGrads) g_block[filled] = g[b + i * dim.b];
       }
     });
-    add_dense<D, kGrads, kInputs>(w_block, g_block, filled, tau, out, products + (at - from));
+    add_dense<D, kGrads, kInputs>(w_block, g_block, filled, tau, sums, out, products + (at - from));
   }
 }
 
@@ -158,11 +166,13 @@ PSAP_INLINE void add_filter(const StatsLayer& layer, int64_t filter, int64_t fro
   const T* w = static_cast<const T*>(layer.w) + filter * layer.w_stride;
   const T* g = kGrads ? static_cast<const T*>(layer.g) + filter * layer.g_stride : w;
   out.clear();
+  Wide sums;
   if (layer.inner.dense()) {
-    add_dense<D, kGrads, kInputs>(w + from, g + from, to - from, layer.tau, out, products);
+    add_dense<D, kGrads, kInputs>(w + from, g + from, to - from, layer.tau, sums, out, products);
   } else {
-    add_strided<D, kGrads, kInputs>(w, g, layer.inner, from, to, layer.tau, out, products);
+    add_strided<D, kGrads, kInputs>(w, g, layer.inner, from, to, layer.tau, sums, out, products);
   }
+  sums.add_to(out);
   // A value that is not finite always leaves its sum so: only then read the filter again.
   if (!std::isfinite(out.sum[kWeightAbs]) || !std::isfinite(out.sum[kGradAbs])) {
     count_nonfinite<D>(w, kGrads ? g : nullptr, layer.inner, from, to, out);

@@ -20,7 +20,7 @@ ROUNDOFF = {
 FLOAT32_RESULT = 2.0**-24
 
 
-# A lane of the kernels holds this many terms, then it goes to float64.
+# No lane of any kernel holds more terms before they go to float64 (on the CPU 32).
 LANE = 256
 
 
