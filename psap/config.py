@@ -85,12 +85,12 @@ class Config:
         round_to: kept widths are multiples of this where the group allows.
         score: importance of a filter, layer-normalised.
         protect: "gate" keeps saved copies behind an epsilon gate; "price" also supervises gradients
-            after each prune step, and prunes less where pruned filters turn out to be useful for
+            after each prune step, and keeps more where pruned filters turn out to be useful for
             their cost; "pulse" supervises and restores filters at once; "none" zeroes the filters.
         gate_eps: factor of the gate.
         window: K, optimizer steps of supervision after a prune step (protect="price", "pulse").
-        price_power: how strongly prices act on the ratios (protect="price").
-        price_limit: prices change no ratio by more than this factor (protect="price").
+        price_power: how strongly prices act on the widths (protect="price").
+        price_limit: prices change no width by more than this factor (protect="price").
         z_threshold: significance that a restored filter must reach (protect="pulse").
         restore_share: largest share of freshly pruned filters that one window restores ("pulse").
         restore_bonus: added to the score of a restored filter (protect="pulse").
@@ -121,8 +121,8 @@ class Config:
     protect: Protect = "price"
     gate_eps: float = 1e-3
     window: int = 8
-    price_power: float = 0.5
-    price_limit: float = 3.0
+    price_power: float = 0.25
+    price_limit: float = 2.0
     z_threshold: float = 3.0
     restore_share: float = 0.1
     restore_bonus: float = 0.3

@@ -76,7 +76,7 @@ class WindowEvent:
         candidates: the watched channels with a positive value, best first.
         prices: what one more unit of cost is worth per group, where something is pruned
             (protect="price").
-        factors: on the pruning ratio per group at the next prune step (protect="price").
+        factors: on the kept width per group at the next prune step (protect="price").
     """
 
     step: int

@@ -1,8 +1,8 @@
 """What a unit of cost is worth in each channel group (docs/method.md, section 2, equation 4).
 
 At the best widths under a budget, every group gains the same from one more unit of cost. The gate
-derivatives of pruned channels measure that gain; a group where it is high is pruned less at the
-next prune step.
+derivatives of pruned channels measure that gain; a group where it is high keeps more at the next
+prune step.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def prices(graph: Graph, cost: CostModel, target: Target, alive: Bools, value: F
 
 
 def adjust(factors: Floats, price: Floats, power: float, limit: float) -> Floats:
-    """Factors on the pruning ratios, times ``(price / geometric mean) ** -power``.
+    """Factors on the kept widths, times ``(price / geometric mean) ** power``.
 
     Args:
         factors: float64 [groups], so far.
@@ -58,7 +58,7 @@ def adjust(factors: Floats, price: Floats, power: float, limit: float) -> Floats
         return factors
     log = np.log(np.maximum(price[known], FLOOR * price[known].mean()))
     result = factors.copy()
-    result[known] *= np.exp(-power * (log - log.mean()))
+    result[known] *= np.exp(power * (log - log.mean()))
     clipped: Floats = np.clip(result, 1 / limit, limit)
     return clipped
 

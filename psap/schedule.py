@@ -109,6 +109,7 @@ def solve(
     bounds: Sequence[Limits],
     fits: Fits,
     room: Room | None = None,
+    gains: Floats | None = None,
 ) -> Ints:
     """The widths of equation (3): ratios ``kappa * factor * sparsity**power`` that just fit.
 
@@ -122,6 +123,7 @@ def solve(
         bounds: bounds per group.
         fits: whether widths keep the budget; must not turn false when widths shrink.
         room: for every group whether its wider width alone keeps the budget; for many groups.
+        gains: factor per group on what is kept, [groups]; none by default.
 
     Returns:
         Widths int64 [groups]. If even the floors do not fit, the floors.
@@ -133,9 +135,11 @@ def solve(
     if not weight.any() or np.ptp(weight) == 0:
         weight = np.ones_like(weight)
     weight = weight * factors
+    gain = np.ones(len(bounds)) if gains is None else gains
 
     def widths(kappa: float) -> Ints:
-        return limit.nearest(limit.sizes * (1 - np.minimum(1.0, kappa * weight)))
+        kept = np.minimum(1.0, gain * (1 - np.minimum(1.0, kappa * weight)))
+        return limit.nearest(limit.sizes * kept)
 
     low, high, wide, found = 0.0, 1e4, limit.most, widths(1e4)
     for _ in range(60):

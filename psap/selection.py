@@ -53,15 +53,16 @@ def widths(
         cost: the cost model of the dense network.
         limits: the limits of every group.
         sparsity: float64 [groups], weight sparsity ratios.
-        factors: float64 [groups], on the ratios; besides that on residual streams.
+        factors: float64 [groups], on what is kept.
         target: the budget.
         config: how sparsity becomes a ratio.
     """
     streams = np.array([len(g.producers) > 1 for g in graph.groups])
-    factors = np.where(streams, config.stream_factor, 1.0) * factors
+    on_ratio = np.where(streams, config.stream_factor, 1.0)
     ratios = sparsity if config.adapt == "sparsity" else np.ones_like(sparsity)
     budget = Budget(cost, target)
-    return schedule.solve(ratios, factors, config.sparsity_power, limits, budget.fits, budget.room)
+    power = config.sparsity_power
+    return schedule.solve(ratios, on_ratio, power, limits, budget.fits, budget.room, factors)
 
 
 def strongest(

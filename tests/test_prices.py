@@ -45,14 +45,14 @@ def test_harmful_channels_are_worth_nothing_and_full_groups_have_no_price() -> N
 def test_adjust() -> None:
     ones = np.ones(3)
     assert prices.adjust(ones, np.array([4.0, 1.0, np.nan]), 0.5, 3.0) == pytest.approx(
-        [4**-0.25, 4**0.25, 1.0]
+        [4**0.25, 4**-0.25, 1.0]
     )
-    twice = prices.adjust(np.array([0.5, 2.0, 0.7]), np.array([4.0, 1.0, np.nan]), 0.5, 2.5)
-    assert twice == pytest.approx([0.4, 2.5, 0.7])  # clipped at both ends
+    twice = prices.adjust(np.array([2.0, 0.5, 0.7]), np.array([4.0, 1.0, np.nan]), 0.5, 2.5)
+    assert twice == pytest.approx([2.5, 0.4, 0.7])  # clipped at both ends
     for nothing in ([0.0, 0.0, 0.0], [np.nan] * 3, [2.0, np.nan, np.nan], [3.0, 3.0, 3.0]):
         assert prices.adjust(ones, np.array(nothing), 0.5, 3.0).tolist() == [1, 1, 1]
     useless = prices.adjust(ones, np.array([1.0, 0.0, np.nan]), 0.5, 1e6)
-    assert useless[1] == pytest.approx(0.5e-3**-0.25)  # counts as a thousandth of the mean
+    assert useless[1] == pytest.approx(0.5e-3**0.25)  # counts as a thousandth of the mean
 
 
 def test_a_window_sets_the_factors_and_the_next_step_uses_them() -> None:
@@ -64,7 +64,7 @@ def test_a_window_sets_the_factors_and_the_next_step_uses_them() -> None:
     value, _ = pruner._window.significance()
     wanted = prices.prices(pruner.graph, pruner.cost, pruner.config.target, pruner._alive, value)
     assert list(window.prices.values()) == wanted.tolist()
-    factors = prices.adjust(np.ones(2), wanted, 0.5, 3.0)
+    factors = prices.adjust(np.ones(2), wanted, 0.25, 2.0)
     assert list(window.factors.values()) == factors.tolist() == pruner._factors.tolist()
     assert factors.min() < 1 < factors.max()
     assert not any(c.restored for c in window.candidates)

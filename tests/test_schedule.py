@@ -130,6 +130,20 @@ def test_a_factor_protects_a_group() -> None:
     assert widths[0] > widths[1]
 
 
+def test_a_gain_acts_on_what_is_kept() -> None:
+    bounds = schedule.limits([100, 100], 1.0, 1, 1)
+    ones = np.ones(2)
+
+    def solved(gains: list[float]) -> list[int]:
+        fits = lambda w: w.sum() <= 60  # noqa: E731
+        return schedule.solve(ones, ones, 1.0, bounds, fits, np.array(gains)).tolist()
+
+    assert solved([1.0, 1.0]) == [30, 30]
+    assert solved([2.0, 1.0]) == [40, 20]
+    assert solved([2.0, 0.5]) == [48, 12]
+    assert solved([1.0, 0.1]) == [55, 5]  # and the budget is spent
+
+
 def test_no_groups() -> None:
     assert schedule.solve(np.zeros(0), np.zeros(0), 1.0, [], lambda _: False).tolist() == []
 
