@@ -132,3 +132,19 @@ def mean(x: Tensor, dims: list[int], keepdim: bool, share: float) -> Tensor:
         The mean over all positions that there were.
     """
     return share * x.mean(dims, keepdim=keepdim)
+
+
+def spread(x: Tensor, kept: Tensor, dim: int, size: int) -> Tensor:
+    """Put zeros back where channels went, for what slides over all of them.
+
+    Args:
+        x: any shape, with the kept channels along ``dim``.
+        kept: int64, where they were.
+        dim: the dimension of the channels.
+        size: how many there were.
+
+    Returns:
+        A tensor of ``size`` positions along ``dim``.
+    """
+    shape = [size if d == dim else n for d, n in enumerate(x.shape)]
+    return x.new_zeros(shape).index_copy(dim, kept, x)

@@ -118,6 +118,9 @@ def _small(dense: fx.GraphModule, body: nn.Module, record: Record, alive: Ints) 
     for name, constant in dense.named_buffers(recurse=False):
         if name.startswith("_tensor_constant"):
             body.register_buffer(name, constant, persistent=False)
+    device = next((x.device for x in body.parameters()), torch.device("cpu"))
+    for name, constant in record.constants.items():
+        body.register_buffer(name, constant.to(device), persistent=False)
     small = fx.GraphModule(body, graph, type(body).__name__)
     for kind, value in vars(body).items():
         if kind in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):

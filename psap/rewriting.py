@@ -31,6 +31,7 @@ class Record:
         views: which parameter a value is.
         kept: positions of each parameter that stay, by dimension.
         shapes: shapes of the parameters.
+        constants: tensors that the small program needs, by name.
     """
 
     labels: dict[fx.Node, Tensor] = field(default_factory=dict)
@@ -38,6 +39,7 @@ class Record:
     views: dict[fx.Node, View] = field(default_factory=dict)
     kept: Mapping[str, Mapping[int, tuple[int, ...]]] = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    constants: dict[str, Tensor] = field(default_factory=dict)
 
     def of_parameter(self, node: fx.Node) -> Stays | None:
         """Which positions of a parameter stay, per dimension of the value that it is."""
@@ -171,6 +173,7 @@ def rewrite(node: fx.Node, twin: fx.Node, record: Record, alive: Ints) -> None:
         _split(node, twin, record.values[source], record.values[node], before)
     elif name.startswith("conv") and before is not None:
         _groups(twin, record.values[source], before)
+        _slide(twin, record, record.values[source], before)
     elif name == "narrow" and before is not None:
         raise VerificationError(f"narrow at {node.name} has no rewriting rule")
 
@@ -247,6 +250,23 @@ def _groups(twin: fx.Node, shape: Any, before: Stays) -> None:
             twin.args = (*twin.args[:at], int(mask.sum()), *twin.args[at + 1 :])
         else:
             twin.kwargs = {**twin.kwargs, "groups": int(mask.sum())}
+
+
+def _slide(twin: fx.Node, record: Record, shape: torch.Size, before: Stays) -> None:
+    """A convolution that slides over channels does so over all that there were."""
+    for dim, mask in enumerate(before):
+        if mask is None or dim < 2:
+            continue
+        name, graph = f"_tensor_constant_{twin.name}", twin.graph
+        record.constants[name] = mask.nonzero().flatten()
+        with graph.inserting_before(twin):
+            kept = graph.get_attr(name)
+            whole = graph.call_function(counted.spread, (twin.args[0], kept, dim, shape[dim]))
+        twin.args = (whole, *twin.args[1:])
+        with graph.inserting_after(twin):
+            chosen = graph.call_function(torch.index_select, (twin, dim, kept))
+        twin.replace_all_uses_with(chosen)
+        chosen.replace_input_with(chosen, twin)
 
 
 def _pad(twin: fx.Node, small: Any, large: Any, after: Stays) -> None:

@@ -124,6 +124,8 @@ def assert_exact(model: nn.Module, plan: psap.Plan, small: nn.Module, inputs: An
     for name, tensor in cut.items():
         for dim, positions in kept.get(name, {}).items():
             assert tensor.shape[dim] == len(positions) > 0
+        if "_tensor_constant" in name:
+            continue  # of a program
         expected = dense[name]
         for dim, positions in kept.get(name, {}).items():
             expected = expected.index_select(dim, torch.tensor(positions))

@@ -262,8 +262,10 @@ CASES: dict[str, Case] = {
     "cross-channel gate": _case(
         cross_channel_gate,
         stem=8,
+        one=10,
         last=6,
-        alone=dict.fromkeys(("one", "slide"), "convolution slides over the channels"),
+        graph=1,
+        alone={"slide": "slides over the channels"},
     ),
     "global response norm": _case(global_response_norm, stem=8, one=10, last=6, graph=1),
     "mean over channels": _case(mean_gate, stem=8, one=10, last=6, graph=1),

@@ -55,6 +55,8 @@ def convolution(t: Tracer, a: Args, out: Tensor) -> None:
         t.fixed_macs += float(positions * weight.numel()) if t.counting else 0
         return
     t.count(view.name, float(positions), float(out.numel()))
+    if _slides(t, a, view, out):
+        return
     reads, gives = (0, 1) if a["transposed"] else (1, 0)
     if groups > 1:
         labels = (_grouped_back if a["transposed"] else _grouped)(t, x, weight, groups)
@@ -72,6 +74,29 @@ def convolution(t: Tracer, a: Args, out: Tensor) -> None:
         t.freeze(labels, "a bias that is computed in forward")
     t.made_by(out, view.name)
     t.set(out, labels.view(1, -1, *[1] * (out.dim() - 2)))
+
+
+def _slides(t: Tracer, a: Args, view: View, out: Tensor) -> bool:
+    """One filter that slides over the channels (ECA): what is pruned stays as a zero between them.
+
+    Graph mode puts the zeros back, and takes the kept positions of the result.
+    """
+    x, weight = a["input"], a["weight"]
+    labels = t.get(x)
+    along = [] if labels is None else [d for d in range(2, labels.dim()) if labels.shape[d] > 1]
+    if labels is None or t.gated or len(along) != 1 or labels.shape[1] > 1:
+        return False
+    if tuple(weight.shape[:2]) != (1, 1) or out.shape[along[0]] != x.shape[along[0]]:
+        return False
+    t.settle(labels)
+    t.count_channels(labels)
+    t.freeze_parameter(view, "slides over the channels")
+    t.keep_view(weight)
+    t.keep_view(a["bias"])
+    if a["bias"] is not None and t.view(a["bias"]) is None:
+        freeze_all(t, "a bias that is computed in forward", a["bias"])
+    t.set(out, t.taint(labels, "a convolution that slides over the channels"))
+    return True
 
 
 def _grouped(t: Tracer, x: Tensor, weight: Tensor, groups: int) -> Tensor | None:
