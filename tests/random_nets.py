@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from nets import Net, conv
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+from zoo_blocks import StandardConv
 
 Maker = Callable[[Any, int], tuple[nn.Module, int]]
 """Draws a step for an input of C channels; returns it and its number of output channels."""
@@ -95,7 +97,7 @@ def _shuffle(draw: Any, c: int) -> tuple[nn.Module, int]:
 
 def _gate(draw: Any, c: int) -> tuple[nn.Module, int]:
     gate = draw(st.sampled_from([torch.sigmoid, F.hardsigmoid, F.softplus]))
-    kind = draw(st.sampled_from(["se", "one", "bare", "sum", "softmax"]))
+    kind = draw(st.sampled_from(["se", "one", "bare", "sum", "softmax", "slide"]))
     if kind == "se":
         r = draw(st.integers(1, 4))
         return Net(
@@ -108,8 +110,11 @@ def _gate(draw: Any, c: int) -> tuple[nn.Module, int]:
         "bare": lambda m, x: gate(m.b(x)),
         "sum": lambda m, x: x * gate(x.sum(1, keepdim=True)),
         "softmax": lambda m, x: x * m.b(x).softmax(1),
+        "slide": lambda m, x: (
+            x * gate(m.s(m.b(x).mean((2, 3)).unsqueeze(1))).transpose(1, 2).unsqueeze(3)
+        ),
     }[kind]
-    return Net(body, a=conv(c, 1), b=conv(c, c)), c
+    return Net(body, a=conv(c, 1), b=conv(c, c), s=nn.Conv1d(1, 1, 3, padding=1)), c
 
 
 def _split(draw: Any, c: int) -> tuple[nn.Module, int]:
@@ -178,6 +183,20 @@ def _spatial(draw: Any, c: int) -> tuple[nn.Module, int]:
     return Net(body), c
 
 
+def _computed(draw: Any, c: int) -> tuple[nn.Module, int]:
+    """A convolution whose weight forward() computes."""
+    o = draw(st.integers(1, 8))
+    act = _act(draw)
+    kind = draw(st.sampled_from(["filters", "weight norm", "spectral norm", "scaled"]))
+    if kind == "filters":
+        return nn.Sequential(StandardConv(c, o, 3, 1), Net(lambda m, x: act(x))), o
+    if kind == "scaled":
+        w = nn.Parameter(torch.ones(o, c, 1, 1))
+        return Net(lambda m, x: act(F.conv2d(x, m.w * 0.3) + 1), w=w), o
+    norm = weight_norm if kind == "weight norm" else spectral_norm
+    return Net(lambda m, x: act(m.c(x)), c=norm(conv(c, o))), o
+
+
 def _parameters(draw: Any, c: int) -> tuple[nn.Module, int]:
     kind = draw(st.sampled_from(["scale", "prelu", "standardised", "raw", "twice", "constant"]))
     p = nn.Parameter(torch.ones(c, 1, 1))
@@ -236,7 +255,7 @@ def _odd(draw: Any, c: int) -> tuple[nn.Module, int]:
 
 STEPS: list[Maker] = [
     *(_conv, _conv, _residual, _concat, _doubled, _depthwise, _grouped, _shuffle, _gate, _gate),
-    *(_split, _split, _pad, _spatial, _parameters, _odd),
+    *(_split, _split, _pad, _spatial, _parameters, _computed, _odd),
 ]
 
 
