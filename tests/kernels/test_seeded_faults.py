@@ -42,7 +42,7 @@ def build(seeded: tuple[Fault, ...], *, sanitize: bool = False) -> Path:
             text = (copy / fault.path).read_text()
             assert text.count(fault.old) == 1, f"{name(fault)}: the text is not there once"
             (copy / fault.path).write_text(text.replace(fault.old, fault.new))
-        return emulation.build(copy, sanitize=sanitize, faulty=not sanitize)
+        return emulation.build(copy, sanitize=sanitize, faulty=True)
 
 
 def complaint(module, op: str) -> str | None:
