@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from psap.graph import Graph
-from psap.graph.outputs import NoDropout
-from psap.graph.trace import untouched
+from psap.graph.rules import RULES
+from psap.graph.trace import Tracer, run, untouched
 
 aten = torch.ops.aten
 
@@ -110,12 +110,11 @@ class Layer:
 
 
 class _Recorder(TorchDispatchMode):
-    """Notes the calls of weights while a model runs."""
+    """Notes the calls of weights while a tracer runs a model; it knows which weight is which."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, tracer: Tracer) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        named = [*model.named_parameters(), *model.named_buffers()]
-        self.names = {t.untyped_storage().data_ptr(): (n, t) for n, t in named if t.numel()}
+        self.tracer = tracer
         self.found: list[Layer] = []
 
     @classmethod
@@ -125,7 +124,6 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
         op = func.overloadpacket
         if op is aten.convolution:
             x, weight, bias, *options = args
@@ -136,21 +134,23 @@ class _Recorder(TorchDispatchMode):
             x, weight = args[-2:]
             bias = args[0] if op is aten.addmm else None
             self.note(x, weight, bias, (), (x.shape[0],))
-        return out
+        return func(*args, **(kwargs or {}))
 
     def note(
         self, x: Tensor, weight: Tensor, bias: Any, options: Any, positions: tuple[int, ...]
     ) -> None:
-        """Keep a call if its weight is a parameter or buffer, as it is or transposed."""
-        name, tensor = self.names.get(weight.untyped_storage().data_ptr(), ("", weight))
-        flipped = tuple(weight.shape[::-1]) == tuple(tensor.shape) and weight.dim() == 2
-        if name and tensor.dim() > 1 and (tuple(weight.shape) == tuple(tensor.shape) or flipped):
-            last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-            last = last and not x.is_contiguous()
-            shape = tuple(tensor.shape)
-            self.found.append(
-                Layer(name, shape, positions, options, bias is not None, x.dtype, last)
-            )
+        """Keep a call if its weight is a parameter or buffer, or is made from one of its shape."""
+        view = self.tracer.view(weight)
+        if view is None or self.tracer.view(x) is not None:
+            return
+        if view.dims[:2] != (0, 1) and (options or view.dims != (1, 0)):
+            return
+        shape = (*self.tracer.shapes[view.name][:2], *weight.shape[2:])
+        last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        last = last and not x.is_contiguous()
+        self.found.append(
+            Layer(view.name, shape, positions, options, bias is not None, x.dtype, last)
+        )
 
 
 def _plain(option: Any) -> Any:
@@ -160,11 +160,10 @@ def _plain(option: Any) -> Any:
 def layers(graph: Graph) -> list[Layer]:
     """Every call of a weight in a pass of the traced model in evaluation, in order.
 
-    A layer whose weight is computed in forward is not among them.
+    A layer whose weight is made in forward in a way that the graph does not know is not among them.
     """
-    recorder = _Recorder(graph.model)
-    with untouched(graph.model), NoDropout(), torch.no_grad():
-        graph.model.eval()
-        with recorder:
-            graph.model(*graph.inputs)
+    tracer = Tracer(graph.model, RULES)
+    recorder = _Recorder(tracer)
+    with untouched(graph.model), recorder:
+        run(tracer, graph.model, graph.inputs, training=False)
     return recorder.found
