@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from psap.decisions import Decisions
 from psap.errors import PsapError, VerificationError
+from psap.graph.groups import no_collection
 from psap.graph.outputs import NoDropout, output_tensors
 from psap.graph.trace import untouched
 from psap.plans import Plan
@@ -142,7 +143,8 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
             if isinstance(value, Tensor) and value.grad_fn is not None:
                 memo[id(value)] = value.detach().clone()
     try:
-        return copy.deepcopy(model, memo)
+        with no_collection():  # which would look at all that is there again and again
+            return copy.deepcopy(model, memo)
     except Exception as error:
         raise PsapError(
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); remove "

@@ -118,7 +118,7 @@ def trace(model: nn.Module, example_inputs: Any, *, gated: bool = False) -> Grap
     model = check_model(model)
     inputs = as_inputs(example_inputs)
     tracer = Tracer(model, RULES, gated=gated)
-    with _no_collection(), untouched(model):
+    with no_collection(), untouched(model):
         run(tracer, model, inputs, training=False)
         if any(name not in tracer.reached for name in tracer.parameters):
             tracer.counting = False
@@ -127,8 +127,8 @@ def trace(model: nn.Module, example_inputs: Any, *, gated: bool = False) -> Grap
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
-    """No garbage collection: labels make many small objects, but no cycles."""
+def no_collection() -> Iterator[None]:
+    """No garbage collection: labels and copies are many small objects, but no cycles."""
     was = gc.isenabled()
     gc.disable()
     try:
