@@ -81,7 +81,7 @@ def judge(
     mean, deviation = np.array([d.get(i, (0, 1)) for i in range(20)], dtype=float).T
     for sign in (1, -1) * 4:
         observe(window, mean + sign * deviation)
-    options = {"restore_share": 0.5, "z_threshold": 3.0, **options}
+    options = {"protect": "pulse", "restore_share": 0.5, "z_threshold": 3.0, **options}
     return window.judge(pruner._lineage, alive, new, psap.Config(**options), last)
 
 
@@ -138,7 +138,7 @@ def test_the_threshold_is_strict(pruner: psap.Pruner) -> None:
             observe(window, np.full(20, value))
         alive, fresh = np.ones(20, dtype=bool), np.zeros(20, dtype=bool)
         alive[0], fresh[0] = False, True
-        config = psap.Config(z_threshold=float(threshold))
+        config = psap.Config(protect="pulse", z_threshold=float(threshold))
         assert indices(window.judge(pruner._lineage, alive, fresh, config, False).restored) == back
 
 

@@ -136,7 +136,7 @@ def test_a_gain_acts_on_what_is_kept() -> None:
 
     def solved(gains: list[float]) -> list[int]:
         fits = lambda w: w.sum() <= 60  # noqa: E731
-        return schedule.solve(ones, ones, 1.0, bounds, fits, np.array(gains)).tolist()
+        return schedule.solve(ones, ones, 1.0, bounds, fits, gains=np.array(gains)).tolist()
 
     assert solved([1.0, 1.0]) == [30, 30]
     assert solved([2.0, 1.0]) == [40, 20]
