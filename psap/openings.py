@@ -84,20 +84,28 @@ def openings(
         the model itself if there is no such module.
     """
     opened: dict[str, dict[str, Any]] = {}
+    missed = set(dict(model.named_parameters()))
     for training in (False, True):
+        if training and not missed:
+            break  # no head of train mode alone; what else differs there is for the proof to find
         for batch in (inputs, doubled(inputs)):
-            found = None if batch is None else _found(model, batch, training, alive)
+            tracer = Tracer(model, RULES)
+            found = None if batch is None else _found(model, batch, training, alive, tracer)
             if found is not None:
                 opened = {**found, **opened}
+                missed -= tracer.reached
                 break
     return opened or {"": {}}
 
 
 def _found(
-    model: nn.Module, inputs: tuple[Any, ...], training: bool, alive: Callable[[Tracer], Ints]
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    training: bool,
+    alive: Callable[[Tracer], Ints],
+    tracer: Tracer,
 ) -> dict[str, dict[str, Any]] | None:
     """The same for one mode, or None if the dense network cannot run in it."""
-    tracer = Tracer(model, RULES)
     calls = _Calls(tracer, model)
     with untouched(model), _arguments(model) as given:
         try:
