@@ -114,7 +114,7 @@ def _averaged(model: nn.Module, use_buffers: bool = True) -> AveragedModel:
 @pytest.mark.parametrize(
     ("case", "inplace"),
     [("residual", False), ("residual", True), ("se, sigmoid", True), ("padded shortcut", False),
-     ("fixed view", False)],
+     ("padded shortcut", True), ("fixed view", False)],
 )  # fmt: skip
 def test_averaged_copies_average_on(case: str, inplace: bool, use_buffers: bool) -> None:
     """The small average is at every step the kept part of the average of masked training."""
