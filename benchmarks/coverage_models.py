@@ -59,6 +59,10 @@ CI = [
 """A dozen of them, for continuous integration."""
 
 
+OWN_SIZE = ("halonet26t", "bat_resnext26ts", "efficientformer_l1")
+"""Models of timm that take no images of another size."""
+
+
 def build(name: str, size: int = 0) -> tuple[nn.Module, tuple[Any, ...]]:
     """A model without pretrained weights, and inputs of its own size (or of ``size``).
 
@@ -72,8 +76,10 @@ def build(name: str, size: int = 0) -> tuple[nn.Module, tuple[Any, ...]]:
     if library == "timm":
         import timm
 
-        options = {"img_size": size} if size and _takes_size(model) else {}
+        takes = size and _takes_size(model) and model not in OWN_SIZE
+        options = {"img_size": size} if takes else {}
         net = timm.create_model(model, pretrained=False, **options)
+        size = 0 if model in OWN_SIZE else size
         edge = size or net.default_cfg["input_size"][-1]
         return net, (torch.randn(1, 3, edge, edge),)
     import torchvision
