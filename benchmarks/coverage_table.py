@@ -16,8 +16,8 @@ Table = dict[tuple[str, str], Row]
 INTRO = """# Which models psap prunes
 
 Every model loses half of the channels of everything that can be pruned, in a process of its own,
-one thread, random weights and norms, at the size that it is made for; detectors see two small
-images. `python -m benchmarks coverage` makes the rows, `python -m benchmarks coverage-table`
+one thread, random weights and norms, at the size that it is made for, or at the one that is
+named; detectors see two small images. `python -m benchmarks coverage` makes the rows, `python -m benchmarks coverage-table`
 this page.
 
 * **exact**: the small network equals the masked one to 1e-9 (relative, float64, compared apart
@@ -32,7 +32,8 @@ this page.
 * **Torch-Pruning**: version 1.6.1 on the same model and inputs, told to leave the classifiers
   alone. *runs* says that a forward pass and a training step run afterwards; whether the result
   computes what it should is not known, since it removes channels from layer norms as well, which
-  changes their statistics. Its time is that of building the pruner and of `step()`.
+  changes their statistics. Its time is that of building the pruner and of `step()`. Where nothing
+  stands, it was not measured.
 """
 
 
@@ -99,6 +100,7 @@ def _lines(ours: dict[str, Row], theirs: dict[str, Row]) -> str:
         apply_s = row["plan_s"] + row["apply_s"] if "apply_s" in row else None
         step_s = peer["trace_s"] + peer["apply_s"] if "apply_s" in peer else None
         mode = f"{row.get('mode', '')}{', gated' if row.get('gated') else ''}"
+        mode += f", {row['size']} px" if row.get("size") else ""
         cells = [
             name, row["result"], mode, str(row.get("groups", "")), _percent(row),
             f"{row['error']:.0e}" if "error" in row else "", _seconds(row.get("forward_s")),
