@@ -17,8 +17,8 @@ INTRO = """# Which models psap prunes
 
 Every model loses half of the channels of everything that can be pruned, in a process of its own,
 one thread, random weights and norms, at the size that it is made for, or at the one that is
-named; detectors see two small images. `python -m benchmarks coverage` makes the rows, `python -m benchmarks coverage-table`
-this page.
+named; detectors see two small images. `python -m benchmarks coverage` makes the rows,
+`python -m benchmarks coverage-table` this page.
 
 * **exact**: the small network equals the masked one to 1e-9 (relative, float64, compared apart
   from psap's own proof), and a forward pass and a training step run afterwards. **broken** would
