@@ -31,7 +31,7 @@ from psap.cost import Budget, CostModel
 NAMES = ("vgg16_bn", "densenet121", "resnet50", "mobilenet_v2")
 LAYERS = (1_000, 10_000)
 WIDTH = 64  # of the chain; 10,000 layers are 1.5 GB then, so that tensors outweigh Python's objects
-LARGE = (15, 8192)  # layers and width: 1.007e9 parameters, 4 GB
+LARGE = (16, 8192)  # layers and width: 1.007e9 parameters, 4 GB
 Row = dict[str, Any]
 
 
