@@ -118,7 +118,7 @@ class Config:
     min_channels: int = 2
     round_to: int = 1
     score: Literal["l1", "l2"] = "l2"
-    protect: Protect = "price"
+    protect: Protect = "gate"
     gate_eps: float = 1e-3
     window: int = 8
     price_power: float = 0.25

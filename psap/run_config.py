@@ -30,9 +30,9 @@ class RunConfig:
         prune_epochs: in which the network is pruned; by default half of the others. The rest
             trains the small network.
         prune_steps: how often channels are pruned; by default 5, or as often as the epochs allow.
-        protect: "price" keeps copies of pruned filters, and prunes less where gradients say that
-            they are missed; "gate" only keeps copies, "pulse" also restores those that the
-            gradients ask for, "none" just removes.
+        protect: "gate" keeps copies of pruned filters, "price" also keeps more where gradients say
+            that they are missed, "pulse" also restores those that the gradients ask for, "none"
+            just removes.
         progressive: cut the network after every prune step instead of once, so that the rest of the
             training is faster.
         stream_factor: factor on the pruning ratio of residual streams.
@@ -66,7 +66,7 @@ class RunConfig:
     dense_epochs: int | None = None
     prune_epochs: int | None = None
     prune_steps: int | None = None
-    protect: Literal["gate", "price", "pulse", "none"] = "price"
+    protect: Literal["gate", "price", "pulse", "none"] = "gate"
     progressive: bool = False
     stream_factor: float = 1.0
     min_channels: int = 2

@@ -30,7 +30,7 @@ def test_defaults_are_those_of_the_method() -> None:
         "min_channels": 2,
         "round_to": 1,
         "score": "l2",
-        "protect": "price",
+        "protect": "gate",
         "gate_eps": 1e-3,
         "window": 8,
         "price_power": 0.25,
