@@ -88,8 +88,12 @@ def require_same(given: Any, value: Any, name: str) -> None:
 def _symbolic(model: nn.Module, constants: Mapping[str, Any]) -> fx.GraphModule:
     """Trace, and take down the constants that torch.fx hangs on the model."""
     known = set(vars(model))
+    tracer = _Symbolic(constants)
+    own = vars(model).get("forward")  # a method that the constructor has chosen
+    if getattr(own, "__self__", None) is model:
+        tracer.traced_func_name = own.__name__  # type: ignore[union-attr]
     try:
-        return fx.GraphModule(model, _Symbolic(constants).trace(model), type(model).__name__)
+        return fx.GraphModule(model, tracer.trace(model), type(model).__name__)
     finally:
         for name in set(vars(model)) - known:
             delattr(model, name)

@@ -295,3 +295,24 @@ def test_buffers_that_forward_changes_are_changed_by_the_program():
     for turn in range(1, 4):
         torch.testing.assert_close(result.model(x), masked(x))
         assert int(result.model.calls) == int(masked.calls) == turn
+
+
+class _Chosen(nn.Module):
+    """A constructor that chooses forward() (FasterNet)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = conv(3, 3)
+        self.forward = self.parts  # type: ignore[method-assign]
+
+    def parts(self, x: Tensor) -> Tensor:
+        first, rest = x.split([3, 5], 1)
+        return torch.cat([self.part(first), rest], 1)
+
+
+def test_a_forward_that_the_constructor_has_chosen() -> None:
+    model = randomise(block(8, lambda m, x: F.relu(m.one(x)), one=_Chosen()))
+    plan = psap.plan(psap.trace(model, image()), ratio=0.5)
+    result = psap.apply(model, plan)
+    assert result.mode == "graph"
+    assert_exact(model, plan, result.model, (image(),))
