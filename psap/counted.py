@@ -1,12 +1,13 @@
 """Norms of a small network that go on to count the channels that were removed, as zeros.
 
 A layer norm over C channels divides by C. The masked network still has them all; the small one has
-a share s of them, and the others are zero. From the mean m and the variance v over those that stay,
+a share s of them, and the others are zero. With means over those that stay,
 
-    mean = s m,    variance = s v + s (1 - s) m^2,
+    mu = s mean(x),    variance = s mean((x - mu)^2) + (1 - s) mu^2,
 
 so the norm stays exact, without a tensor of the old width and without cancellation. These are
-plain PyTorch calls: they train, export and run at half precision.
+plain PyTorch calls: they train, export and run at half precision. (`torch.var_mean` is ten times
+slower on a CPU than the two means.)
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _standardised(x: Tensor, dims: list[int], share: float, eps: float) -> Tensor:
-    variance, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
-    variance = share * variance + share * (1 - share) * mean.square()
-    return (x - share * mean) * torch.rsqrt(variance + eps)
+    mean = share * x.mean(dims, keepdim=True)
+    centred = x - mean
+    variance = share * centred.square().mean(dims, keepdim=True) + (1 - share) * mean.square()
+    return centred * torch.rsqrt(variance + eps)
 
 
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -295,10 +295,15 @@ def _check_call(graph: Any, ratio: Any, target: Any) -> None:
     if ratio is None and not isinstance(target, Target):
         raise ArgumentTypeError(f"target is {target!r}; pass psap.Target(macs=0.3), for example")
     if not graph.groups:
-        raise TargetError(
-            "no layer of this model can be pruned: "
-            + "; ".join(f"{name}: {why}" for name, why in list(graph.left_alone.items())[:5])
-        )
+        raise nothing_to_prune(graph)
+
+
+def nothing_to_prune(graph: Graph) -> TargetError:
+    """The error for a graph without groups."""
+    reasons = [f"{name}: {why}" for name, why in list(graph.left_alone.items())[:5]]
+    frozen = any("requires_grad is False" in why for why in graph.left_alone.values())
+    mend = "; call requires_grad_(True) on what may be pruned" if frozen else ""
+    return TargetError("no layer of this model can be pruned: " + "; ".join(reasons) + mend)
 
 
 def _require_fresh(graph: Graph) -> None:

@@ -96,10 +96,12 @@ def fastest(
 
 def _small(graph: Graph, made: Plan) -> nn.Module:
     """The small network, for timing: as it is if that runs, else in graph mode."""
-    small = apply(graph.model, made, check=False, mode="module").model
-    try:
-        with torch.no_grad():
-            small.eval()(*graph.inputs)
-    except Exception:  # sizes that forward() fixes
-        small = apply(graph.model, made, check=False, mode="graph").model
-    return small
+    if not made.counted:
+        small = apply(graph.model, made, check=False, mode="module").model
+        try:
+            with torch.no_grad():
+                small.eval()(*graph.inputs)
+            return small
+        except Exception:  # sizes that forward() fixes
+            pass
+    return apply(graph.model, made, check=False, mode="graph").model

@@ -85,7 +85,7 @@ class RunConfig:
         if self.target_macs is None and self.target_parameters is None:
             raise ArgumentError(
                 "target_macs and target_parameters are None; pass one, such as target_macs=0.3 "
-                "(on the command line --target-macs 0.3)"
+                "(on the command line --target-macs 0.3; with --resume repeat all options)"
             )
         for name, low in (("epochs", 2), ("batch_size", 2), ("seed", 0)):
             _at_least(name, getattr(self, name), low)

@@ -9,7 +9,6 @@ import numpy as np
 from psap import plans, schedule, scores
 from psap.config import Config, Target
 from psap.cost import Budget, CostModel
-from psap.errors import TargetError
 from psap.gates import Bools, Floats
 from psap.graph import Graph
 
@@ -24,8 +23,7 @@ def require_target(graph: Graph, cost: CostModel, config: Config) -> None:
         TargetError: it does not, or nothing can be pruned.
     """
     if not graph.groups:
-        reasons = [f"{name}: {why}" for name, why in graph.left_alone.items()]
-        raise TargetError("no layer of this model can be pruned: " + "; ".join(reasons[:5]))
+        raise plans.nothing_to_prune(graph)
     floors = np.array([b.nearest(b.floor) for b in bounds(graph, config)])
     plans.require(cost, floors, config.target)
 

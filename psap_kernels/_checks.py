@@ -74,13 +74,19 @@ def same_device(name: str, i: int | None, tensor: Tensor, device: torch.device) 
         )
 
 
+# A mask in the place of positions, and the other way round: .to() would give nonsense.
+_OTHER_KIND: dict[tuple[torch.dtype, ...], str] = {
+    (torch.bool, torch.int64): "pass the positions, mask.nonzero().flatten()",
+    (torch.int64, torch.bool): "pass a mask, torch.isin(torch.arange(n), positions)",
+}
+
+
 def dtype(name: str, i: int | None, tensor: Tensor, *wanted: torch.dtype) -> None:
     """``tensor`` has one of the wanted dtypes."""
     if tensor.dtype not in wanted:
         names = " or ".join(str(d) for d in wanted)
-        raise TypeError(
-            f"{_label(name, i)} is {tensor.dtype}, wanted {names}: convert it with .to()"
-        )
+        mend = _OTHER_KIND.get((tensor.dtype, *wanted), "convert it with .to()")
+        raise TypeError(f"{_label(name, i)} is {tensor.dtype}, wanted {names}: {mend}")
 
 
 def shape(name: str, i: int | None, tensor: Tensor, wanted: Sequence[int], hint: str) -> None:

@@ -354,3 +354,10 @@ def test_on_the_command_line(
     Path(table).write_text("{}")
     assert cli.main(options) == 2
     assert "times.json is no latency table" in capsys.readouterr().err
+
+
+def test_multiples_are_measured_where_norms_count_channels() -> None:
+    case = CASES["layer norm"]
+    graph = psap.trace(randomise(case.make()), case.inputs)
+    found = rounding.fastest(graph, ratio=0.5, candidates=(1, 2), repeats=2)
+    assert found.plan.counted and found.round_to in (1, 2)

@@ -203,3 +203,12 @@ def test_equal_values_whose_roundings_all_go_one_way(compiled, dtype, length):
             wanted = length * (one if row in (0, 2) else one * one)
             error = (stats.filter_sums[row].double() / wanted - 1).abs()
             assert float(error.max()) < 5e-7, row
+
+
+def test_masks_and_positions_are_told_apart():
+    weight, mask = torch.ones(4, 2), torch.tensor([False, True, True, False])
+    with pytest.raises(TypeError, match=r"pass the positions, mask\.nonzero\(\)\.flatten\(\)"):
+        shrink([weight], [mask])
+    with pytest.raises(TypeError, match=r"pass a mask, torch\.isin\(torch\.arange\(n\), positions"):
+        zero_filters_([weight], [mask.nonzero().flatten()])
+    assert bool((weight == 1).all())
