@@ -20,10 +20,12 @@ from psap.errors import StateError
 from psap.graph import Graph
 from psap.latency import LatencyTable
 from psap.plans import Plan
+from psap.scores import GroupStats
 from psap.shrink import apply, small_copy
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
+Floats = NDArray[np.float64]
 
 
 def restricted(graph: Graph, alive: Bools) -> Graph:
@@ -66,12 +68,14 @@ class Lineage:
         graph: the graph of the model as it is.
         original: int64 [channels], the index within its group that each channel of the model had in
             the dense one.
+        gone: float64 [groups], channels times sparsity of what was removed, when it was.
         mode: "graph" once a cut has made programs of some modules.
     """
 
     def __init__(self, graph: Graph, latency: LatencyTable | None = None) -> None:
         self.dense = self.graph = graph
         self.cost = CostModel(graph, latency)
+        self.gone: Floats = np.zeros(len(graph.groups))
         self.mode: Literal["module", "graph"] = "module"
         self.architecture = plans.fingerprint(graph.model)
         empty = np.empty(0, dtype=np.int64)
@@ -139,10 +143,33 @@ class Lineage:
         model = small_copy(self.graph.model, self.step(alive))
         return replace(restricted(self.graph, alive), model=model)
 
+    def sparsity(self, stats: Sequence[GroupStats]) -> Floats:
+        """s_g of the dense network: from what is left, and from what was removed, when it was.
+
+        What is left alone is less sparse than the whole was, and would seem to have been pruned too
+        much, the more the more it was pruned.
+        """
+        left = np.array([s.sparsity for s in stats])
+        if self.graph is self.dense:
+            return left
+        now = left * [group.size for group in self.graph.groups]
+        whole: Floats = (now + self.gone) / self._sizes()
+        return whole
+
+    def keep_sparsity(self, before: Floats, stats: Sequence[GroupStats]) -> None:
+        """After a cut: remember what was removed, so that `sparsity` stays as it was before."""
+        self.gone = self.gone + (before - self.sparsity(stats)) * self._sizes()
+
+    def _sizes(self) -> Floats:
+        return np.array([float(group.size) for group in self.dense.groups])
+
     # State
 
-    def state_dict(self) -> list[Tensor]:
-        """For every group the dense indices that the model has."""
+    def state_dict(self) -> dict[str, Any]:
+        """For every group the dense indices that the model has, and what was removed."""
+        return {"kept": self._present(), "gone": torch.from_numpy(self.gone.copy())}
+
+    def _present(self) -> list[Tensor]:
         everything = np.ones(self.original.size, dtype=bool)
         return [torch.from_numpy(kept.copy()) for kept in self.kept(everything)]
 
@@ -155,7 +182,7 @@ class Lineage:
         Raises:
             StateError: the state is damaged, or the model has lost channels of it.
         """
-        present = self.state_dict()
+        present = self._present()
         if len(state) != len(present):
             raise StateError("the state is damaged: it has another number of groups")
         alive = []

@@ -161,10 +161,7 @@ class Pruner:
     def _prune(self, step: int) -> None:
         """Prune step ``step``: ratios, masks, gates; then a window opens or the masks are final."""
         config = self.config
-        stats = scores.measure(
-            self.graph, self.gates.weights(), config.sparsity_alpha, config.score
-        )
-        sparsity = np.array([s.sparsity for s in stats])
+        sparsity = self._lineage.sparsity(stats := self._measure())
         past, ema = self._sparsity, config.sparsity_ema
         mean = sparsity if past is None else ema * past + (1 - ema) * sparsity
         mean = self._ranks.agree(mean, "sparsity ratios")
@@ -192,6 +189,10 @@ class Pruner:
         else:
             self._cut()
 
+    def _measure(self) -> list[scores.GroupStats]:
+        kind = (self.config.sparsity_alpha, self.config.score)
+        return scores.measure(self.graph, self.gates.weights(), *kind)
+
     def _finalise(self) -> None:
         """The masks are final: erase the pruned channels and hold them at zero from now on."""
         self._final = True
@@ -207,10 +208,11 @@ class Pruner:
         """If the network shrinks progressively, remove what is pruned, in place."""
         if not self.config.progressive or self._alive.all():
             return
+        before, alive = self._lineage.sparsity(self._measure()), self._alive
         self._erase()
-        alive = self._alive
         self._lineage.cut(alive, self._optimizer, self._friends, check=self.config.verify)
         self._adopt(self._bonus[alive])
+        self._lineage.keep_sparsity(before, self._measure())
 
     def _adopt(self, bonus: Floats) -> None:
         """The model has been cut: what speaks of its channels is made anew."""
@@ -370,7 +372,7 @@ class Pruner:
             "sparsity": None if self._sparsity is None else torch.from_numpy(self._sparsity.copy()),
             "saved": self.gates.state_dict(),
             "events": [event_to_json(event) for event in self.events],
-            **({"kept": self._lineage.state_dict()} if self.config.progressive else {}),
+            **(self._lineage.state_dict() if self.config.progressive else {}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -392,7 +394,7 @@ class Pruner:
         self.gates.saved = found.saved
         self._alive, self._fresh, self._bonus = found.alive, found.fresh, found.bonus
         self._window, self._sparsity, self.events = found.window, found.sparsity, found.events
-        self._factors = found.factors
+        self._factors, self._lineage.gone = found.factors, found.gone
         for name, value in found.counters.items():
             setattr(self, f"_{name}", value)
         self._trained = -1  # a state may be taken after the training of an epoch, before its step

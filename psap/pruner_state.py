@@ -37,6 +37,7 @@ class PrunerState:
     bonus: Floats
     window: Window
     factors: Floats
+    gone: Floats
     sparsity: Floats | None
     saved: dict[Side, Saved]
     events: list[PruneEvent | WindowEvent]
@@ -243,7 +244,7 @@ def _read(state: Mapping[str, Any], config: Config, gates: Gates) -> PrunerState
             raise StateError(f"the state is damaged: it keeps no channel of {group.name}")
     window = Window(channels, gates.device)
     window.load_state_dict(state["window"])
-    none = state["sparsity"] is None
+    none, nothing = state["sparsity"] is None, np.zeros(len(groups))
     return PrunerState(
         counters=counters,
         alive=alive,
@@ -251,6 +252,7 @@ def _read(state: Mapping[str, Any], config: Config, gates: Gates) -> PrunerState
         bonus=_array(state, "bonus", np.zeros(channels)),
         window=window,
         factors=_array(state, "factors", np.ones(len(groups))),
+        gone=_array(state, "gone", nothing) if config.progressive else nothing,
         sparsity=None if none else _array(state, "sparsity", np.zeros(len(groups))),
         saved=gates.read_state(state["saved"], alive, empty=counters["final"]),
         events=[event_from_json(event) for event in state["events"]],

@@ -158,6 +158,20 @@ def test_averaged_copies_and_schedulers_shrink_along() -> None:
     assert [p.shape for p in result.friends[0].module.parameters()] == shapes
 
 
+def test_a_cut_leaves_the_sparsity_ratios_as_they_were() -> None:
+    """What is left is less sparse than the whole; ratios go on to speak of the whole."""
+    model, opt, pruner = make("residual", protect="gate", **PROGRESSIVE)
+    advance(model, opt, pruner, 0, 4)
+    before = pruner._lineage.sparsity(pruner._measure())
+    train(model, opt, iterations=0)
+    pruner.step()
+    left = np.array([s.sparsity for s in pruner._measure()])
+    np.testing.assert_allclose(pruner._lineage.sparsity(pruner._measure()), before, atol=1e-12)
+    widths = np.array(list(pruner.events[0].widths.values()))
+    cut = widths < [group.size for group in pruner._lineage.dense.groups]
+    assert cut.any() and (abs(left[cut] - before[cut]) > 1e-3).all()
+
+
 def test_a_state_of_a_larger_network_is_refused() -> None:
     model, opt, pruner = make("residual", protect="gate", **PROGRESSIVE)
     advance(model, opt, pruner, 0, 5)
