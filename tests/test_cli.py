@@ -165,7 +165,7 @@ def test_inspect_refuses_a_shape(text: str, capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "pass one, such as target_macs=0.3 (on the command line --target-macs 0.3)"),
+        ([], "pass one, such as target_macs=0.3 (on the command line --target-macs 0.3;"),
         (
             ["--target-macs", "1.5"],
             "Target.macs is 1.5; pass a number in (0, 1]: the share that is kept",
