@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import statistics
 from collections import defaultdict
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from benchmarks import rows
 from benchmarks.methods import METHODS
-from benchmarks.plot import COLOURS, themed
+from benchmarks.plot import COLOURS, picture
 
 OUT = Path(__file__).parents[1] / "docs" / "accuracy.svg"
 Row = dict[str, Any]
@@ -87,27 +86,13 @@ def draw(found: list[Row]) -> str:
     """
     if not found:
         raise ValueError("no rows of accuracy: run `python -m benchmarks accuracy`")
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("the picture needs matplotlib: pip install 'psap[report]'") from error
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    ink = COLOURS["ink"][0]
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "psap", "font.family": "sans-serif",
-                "font.size": 10, "text.color": ink}  # fmt: skip
     names = suites(found)
-    with matplotlib.rc_context(settings):
-        figure, panels = pyplot.subplots(
-            1, len(names), figsize=(4.6 * len(names), 4.4), layout="constrained", squeeze=False
-        )
-        for axes, name in zip(panels[0], names, strict=True):
+
+    def fill(panels: Any) -> None:
+        for axes, name in zip(panels, names, strict=True):
             _panel(axes, means(found, name), name)
-        text = io.StringIO()
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-        pyplot.close(figure)
-    return themed(text.getvalue())
+
+    return picture((4.6 * len(names), 4.4), len(names), fill)
 
 
 def _panel(axes: Any, points: Points, name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,21 @@ def draw(found: list[dict[str, Any]]) -> str:
     """
     if not found:
         raise ValueError("no rows of layer_stats on the CPU: run `python -m benchmarks stats`")
+    size = (8, 0.6 + 0.72 * len(found))
+    return picture(size, 1, lambda panels: _bars(panels[0], found))
+
+
+def picture(size: tuple[float, float], columns: int, fill: Callable[[Any], None]) -> str:
+    """SVG text of panels side by side, the same for the same input, on light and dark pages.
+
+    Args:
+        size: inches.
+        columns: number of panels.
+        fill: draws into the panels, an array of axes.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
     try:
         import matplotlib
     except ImportError as error:
@@ -52,12 +68,14 @@ def draw(found: list[dict[str, Any]]) -> str:
     settings = {"svg.fonttype": "none", "svg.hashsalt": "psap", "font.family": "sans-serif",
                 "font.size": 10, "text.color": COLOURS["ink"][0]}  # fmt: skip
     with matplotlib.rc_context(settings):
-        figure, axes = pyplot.subplots(figsize=(8, 0.6 + 0.72 * len(found)), layout="constrained")
-        _bars(axes, found)
+        figure, panels = pyplot.subplots(
+            1, columns, figsize=size, layout="constrained", squeeze=False
+        )
+        fill(panels[0])
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
         pyplot.close(figure)
-    return themed(text.getvalue())
+    return _themed(text.getvalue())
 
 
 def _bars(axes: Any, found: list[dict[str, Any]]) -> None:
@@ -95,7 +113,7 @@ def _bars(axes: Any, found: list[dict[str, Any]]) -> None:
                    loc="left", fontsize=11, color=ink)  # fmt: skip
 
 
-def themed(svg: str) -> str:
+def _themed(svg: str) -> str:
     """Placeholders of colours become CSS variables, for light and for dark pages."""
     light = dark = ""
     for name, (placeholder, bright, dim) in COLOURS.items():

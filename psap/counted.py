@@ -30,10 +30,15 @@ def _standardised(x: Tensor, dims: list[int], share: float, eps: float) -> Tenso
     return centred * torch.rsqrt(variance + eps)
 
 
-def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+def _affine(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: list[int] | None = None
+) -> Tensor:
+    """X times weight plus bias; these in another shape where it is given."""
     if weight is not None:
-        x = x * weight
-    return x if bias is None else x + bias
+        x = x * (weight if shape is None else weight.reshape(shape))
+    if bias is not None:
+        x = x + (bias if shape is None else bias.reshape(shape))
+    return x
 
 
 def layer_norm(
@@ -75,8 +80,7 @@ def group_norm(
     grouped = _wide(x).reshape(x.shape[0], groups, -1)
     y = _standardised(grouped, [2], share, eps).reshape(x.shape)
     shape = [1, -1, *[1] * (x.dim() - 2)]
-    vectors = [None if v is None else v.reshape(shape) for v in (weight, bias)]
-    return _affine(y, vectors[0], vectors[1]).to(x.dtype)
+    return _affine(y, weight, bias, shape).to(x.dtype)
 
 
 def standardised(
@@ -95,8 +99,7 @@ def standardised(
         A tensor of the shape and dtype of ``x``.
     """
     y = _standardised(_wide(x), [0, 2], share, eps)
-    vectors = [None if v is None else v.reshape(1, -1, 1) for v in (weight, bias)]
-    return _affine(y, vectors[0], vectors[1]).to(x.dtype)
+    return _affine(y, weight, bias, [1, -1, 1]).to(x.dtype)
 
 
 def rms_norm(
