@@ -196,20 +196,16 @@ class Pruner:
     def _finalise(self) -> None:
         """The masks are final: erase the pruned channels and hold them at zero from now on."""
         self._final = True
-        self._erase()
-        self._cut()
-
-    def _erase(self) -> None:
         self.gates.saved = {}
         self.gates.erase(self._alive)
         self.gates.forget(self._alive)
+        self._cut()
 
     def _cut(self) -> None:
         """If the network shrinks progressively, remove what is pruned, in place."""
         if not self.config.progressive or self._alive.all():
             return
         before, alive = self._lineage.sparsity(self._measure()), self._alive
-        self._erase()
         self._lineage.cut(alive, self._optimizer, self._friends, check=self.config.verify)
         self._adopt(self._bonus[alive])
         self._lineage.keep_sparsity(before, self._measure())

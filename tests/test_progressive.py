@@ -282,6 +282,26 @@ def test_a_failed_cut_leaves_the_module_what_it_was(monkeypatch: pytest.MonkeyPa
     train(model, opt, iterations=1)
 
 
+def test_a_cut_that_fails_loses_no_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, opt, pruner = make("residual", protect="gate", **PROGRESSIVE)
+    advance(model, opt, pruner, 0, 4)
+    before = model.bn1.weight.detach().clone()
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise psap.VerificationError("the small network was refused")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pruner._lineage, "cut", refuse)
+        with pytest.raises(psap.VerificationError, match="was refused"):
+            pruner.step()
+    gone = torch.from_numpy(np.flatnonzero(~pruner.masks()["conv1"].numpy()))
+    saved = pruner.gates.saved["bn1.weight", 0]
+    assert gone.numel() and torch.equal(saved.rows, gone)
+    assert torch.equal(saved.values, before[gone])
+    advance(model, opt, pruner, 5, 20)
+    assert pruner.done and pruner.finish().plan.after.macs <= 0.4 * pruner.cost.dense.macs
+
+
 def test_what_cannot_be_cut_in_place_is_refused_at_once() -> None:
     config = psap.Config(progressive=True)
     net = Chain()
