@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from psap.graph.calls import QuietMode
 
 DECIDING = frozenset({
     "aten.sort", "aten.argsort", "aten.topk", "aten.argmax", "aten.argmin", "aten.kthvalue",
@@ -19,7 +20,7 @@ DECIDING = frozenset({
 })  # fmt: skip
 
 
-class Decisions(TorchDispatchMode):
+class Decisions(QuietMode):
     """Records every decision, or replays those of another run.
 
     Args:
@@ -28,15 +29,10 @@ class Decisions(TorchDispatchMode):
     """
 
     def __init__(self, recorded: list[tuple[list[Tensor], Any]] | None, tolerance: float) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.made: list[tuple[list[Tensor], Any]] = []
         self._recorded = recorded
         self._tolerance = tolerance
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Whether to wrap the dispatcher for torch.compile, which would import all of it."""
-        return False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

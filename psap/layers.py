@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from psap.graph import Graph
+from psap.graph.calls import QuietMode
 from psap.graph.rules import RULES
 from psap.graph.trace import Tracer, run, untouched
 
@@ -109,17 +109,13 @@ class Layer:
         ), (x,)
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(QuietMode):
     """Notes the calls of weights while a tracer runs a model; it knows which weight is which."""
 
     def __init__(self, tracer: Tracer) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.tracer = tracer
         self.found: list[Layer] = []
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 Value = TypeVar("Value")
 
@@ -29,6 +30,18 @@ class TensorMap(Generic[Value]):
 
     def __setitem__(self, tensor: Tensor, value: Value) -> None:
         self._entries[id(tensor)] = (weakref.ref(tensor), value)
+
+
+class QuietMode(TorchDispatchMode):
+    """A dispatch mode that does not bring in torch.compile."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Whether to wrap the dispatcher for torch.compile, which would import all of it."""
+        return False
 
 
 class Schema(NamedTuple):

@@ -15,11 +15,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
 from psap.errors import TraceError
-from psap.graph.calls import Schema, TensorMap, bind, schema, tensors_in
+from psap.graph.calls import QuietMode, Schema, TensorMap, bind, schema, tensors_in
 from psap.graph.labels import TAINT, Labels, compact, plain
 from psap.graph.outputs import NoDropout
 from psap.graph.outputs import output_tensors as output_tensors
@@ -74,7 +73,7 @@ MERGED = -2
 """All dimensions of a weight but the first, in one."""
 
 
-class Tracer(TorchDispatchMode):
+class Tracer(QuietMode):
     """What the rules read and write while the model runs.
 
     Args:
@@ -85,7 +84,7 @@ class Tracer(TorchDispatchMode):
     """
 
     def __init__(self, model: nn.Module, rules: Mapping[Any, Rule], *, gated: bool = False) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.gated = gated
         self.counted: list[tuple[tuple[str, ...], Tensor]] = []
         self.labels = Labels()
@@ -112,11 +111,6 @@ class Tracer(TorchDispatchMode):
         for name, tensor in (*self.parameters.items(), *self.buffers.items()):
             self._views[tensor] = View(name, tuple(range(tensor.dim())))
             self.shapes[name] = tuple(tensor.shape)
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Whether to wrap the dispatcher for torch.compile, which would import all of it."""
-        return False
 
     # Tensors of the model
 
