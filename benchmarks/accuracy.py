@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from torch.nn import functional as F
 import psap
 from benchmarks import rows
 from benchmarks.methods import METHODS, Method, Task
-from benchmarks.settings import SETTINGS, SUITES, Setting
+from benchmarks.settings import SETTINGS, SUITES, Setting, as_row
 from psap import data
 from psap.cost import CostModel
 from psap.data.loader import Loader, Subset
@@ -49,6 +49,7 @@ def _spec(setting: Setting, seed: int, folder: Path | None) -> data.DataSpec:
         seed=seed,
         batch_size=setting.batch,
         val_share=setting.val_share,
+        pictures=setting.pictures,
     )
     return spec.as_format(setting.memory_format)
 
@@ -202,9 +203,9 @@ class Bench:
 
 
 def _identity(row: Row) -> str:
-    keys = ("setting", "method", "keep", "seed")
+    keys = ("method", "keep", "seed")
     tested = "refused" in row or row["test_accuracy"] is not None
-    return json.dumps([*(row[key] for key in keys), tested], sort_keys=True)
+    return json.dumps([as_row(row["setting"]), *(row[key] for key in keys), tested], sort_keys=True)
 
 
 def _pending(file: Path, wanted: Iterator[tuple[int, str, float, str]], test: bool) -> list[Row]:
@@ -213,7 +214,7 @@ def _pending(file: Path, wanted: Iterator[tuple[int, str, float, str]], test: bo
     done = {_identity(row) for row in map(json.loads, known)}
     found = []
     for seed, setting, keep, method in wanted:
-        shared = json.loads(json.dumps(asdict(SETTINGS[setting])))  # as it is in the file
+        shared = as_row(SETTINGS[setting])
         keep = 1.0 if method == "dense" else keep
         row = {"suite": setting, "setting": shared, "method": method, "keep": keep, "seed": seed}
         key = _identity({**row, "test_accuracy": 0 if test else None})

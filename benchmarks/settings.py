@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
+
+from psap.data import Pictures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +28,7 @@ class Setting:
         batch: images per step.
         lr: peak learning rate; cosine to 0.
         prune: shares of the run between which pruning happens.
+        pictures: what the images of a folder become; None for other data, or photographs.
     """
 
     data: Literal["digits", "cifar10", "imagefolder"] = "digits"
@@ -36,6 +41,7 @@ class Setting:
     batch: int = 64
     lr: float = 0.05
     prune: tuple[float, float] = (0.0, 0.5)
+    pictures: Pictures | None = None
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -48,6 +54,13 @@ class Setting:
         return torch.channels_last if self.data == "cifar10" else torch.contiguous_format
 
 
+def as_row(setting: Mapping[str, Any] | Setting) -> dict[str, Any]:
+    """A setting as values of JSON; what a row is too old to know has its default."""
+    body = asdict(setting) if isinstance(setting, Setting) else setting
+    return json.loads(json.dumps({**asdict(Setting()), **body}))  # type: ignore[no-any-return]
+
+
+GREY = Pictures(size=28, crop=1.0, grey=True, flip=False, shift=2)
 SETTINGS = {
     "digits-pretrained": Setting(val_share=0.2, epochs=10),
     "digits-scratch": Setting(start="scratch", val_share=0.2, epochs=15, prune=(0.1, 0.6)),
@@ -62,12 +75,22 @@ SETTINGS = {
     "cifar56": Setting(
         data="cifar10", network="resnet56", epochs=4, batch=128, lr=0.05
     ),
+    "mnist-pretrained": Setting(
+        data="imagefolder", pictures=GREY, images=2500, val_share=0.2, epochs=4, pretrain=8,
+        batch=32,
+    ),
+    "mnist-scratch": Setting(
+        data="imagefolder", pictures=GREY, start="scratch", images=2500, val_share=0.2, epochs=4,
+        batch=32,
+        prune=(0.1, 0.6),
+    ),
     "imagefolder": Setting(
         data="imagefolder", network="torchvision.models:resnet50", epochs=40, batch=256, lr=0.1
     ),
 }  # fmt: skip
 SUITES = {
     "digits": ("digits-pretrained", "digits-scratch"),
-    **{name: (name,) for name in SETTINGS if not name.startswith("digits")},
+    "mnist": ("mnist-pretrained", "mnist-scratch"),
+    **{name: (name,) for name in SETTINGS if not name.startswith(("digits", "mnist"))},
 }
 """The settings of each suite."""

@@ -110,6 +110,7 @@ class Run:
             seed=config.seed,
             batch_size=config.batch_size,
             val_share=config.val_share,
+            pictures=config.pictures(),
         )
         torch.manual_seed(config.seed)
         self.model = self._factory()

@@ -10,6 +10,7 @@ from psap.errors import ArgumentError, ArgumentTypeError
 
 if TYPE_CHECKING:
     from psap.config import Config
+    from psap.data import Pictures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,13 @@ class RunConfig:
         weights: a .safetensors file with the weights to start from; none trains from scratch.
         data: which data set.
         data_dir: where its files are (digits are shipped with psap).
+        image_size: height and width of the inputs (imagefolder).
+        crop: side of the middle square that is scaled to image_size, as a share of the image's
+            shorter side, in (0, 1] (imagefolder).
+        grey: inputs have one channel instead of three (imagefolder).
+        flip: training images are mirrored at random; not for letters and digits (imagefolder).
+        shift: training images are moved by up to this many pixels; by default an eighth of
+            image_size (imagefolder).
         out: the folder that everything is written to.
         target_macs: kept share of the multiply-accumulates, in (0, 1].
         target_parameters: kept share of the parameters, in (0, 1].
@@ -59,6 +67,11 @@ class RunConfig:
     weights: str | None = None
     data: Literal["digits", "cifar10", "imagefolder"] = "digits"
     data_dir: str | None = None
+    image_size: int = 224
+    crop: float = 0.875
+    grey: bool = False
+    flip: bool = True
+    shift: int | None = None
     out: str = "out/run"
     target_macs: float | None = None
     target_parameters: float | None = None
@@ -136,6 +149,18 @@ class RunConfig:
         dense, prune, _ = self.phases()
         return "dense" if epoch < dense else "prune" if epoch < dense + prune else "finetune"
 
+    def pictures(self) -> Pictures:
+        """What the images of a folder become."""
+        from psap.data import Pictures
+
+        return Pictures(
+            size=self.image_size,
+            crop=self.crop,
+            grey=self.grey,
+            flip=self.flip,
+            shift=self.shift,
+        )
+
     def pruning(self) -> Config:
         """The configuration of the `psap.Pruner`; a step follows each prune epoch but the last."""
         from psap.config import Config, Target
@@ -180,8 +205,9 @@ MAY_CHANGE = ("out", "data_dir")
 def difference(before: dict[str, Any], now: RunConfig) -> str | None:
     """The first setting that a resumed run would change, in words; None if there is none."""
     for name, value in now.to_json().items():
-        if name not in MAY_CHANGE and before.get(name) != value:
-            return f"{name} was {before.get(name)!r} and is {value!r}"
+        was = before.get(name, getattr(RunConfig, name))  # it may be younger than the run
+        if name not in MAY_CHANGE and was != value:
+            return f"{name} was {was!r} and is {value!r}"
     return None
 
 

@@ -18,7 +18,6 @@ from PIL import Image
 from psap import data
 from psap.data import cifar
 from psap.data.digits import digits_images
-from psap.data.folder import FileImages
 from psap.data.loader import Subset, TensorImages, split
 from psap.errors import ArgumentError, FileError, PsapError
 
@@ -310,78 +309,3 @@ def test_cifar_of_the_data_folder(data_dir):
     spec = data.load_cifar10(data_dir / "cifar10-jpeg", val_share=0.1)
     assert (len(spec.train.images), len(spec.val.images)) == (45000, 5000)
     assert torch.bincount(spec.test.images.labels).tolist() == [1000] * 10
-
-
-# Image folders
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    for part, count in (("train", 3), ("val", 2)):
-        for name in ("b", "a"):
-            (tmp_path / part / name).mkdir(parents=True)
-            for index in range(count):
-                picture((40, 24)).save(tmp_path / part / name / f"{index}.jpg")
-    return tmp_path
-
-
-def test_image_folder(folder):
-    (folder / "train" / "a" / "notes.txt").write_text("not an image")
-    Image.new("L", (30, 50), 200).save(folder / "train" / "b" / "3.PNG")
-    spec = data.load_imagefolder(folder, size=16, batch_size=4, val_share=0.0)
-    assert (spec.classes, spec.size, spec.val) == (("a", "b"), 16, None)
-    assert spec.train.images.labels.tolist() == [0, 0, 0, 1, 1, 1, 1]
-    x, y = next(iter(spec.test))
-    assert (x.shape, y.tolist()) == ((4, 3, 16, 16), [0, 0, 1, 1])
-    assert x.is_contiguous(memory_format=torch.channels_last)
-    grey, _ = spec.train.images.take(torch.tensor([6]))
-    assert grey.unique().tolist() == [200]
-    assert same(spec.train.epoch(1), spec.train.epoch(1))
-
-
-def test_image_folder_takes_the_middle(tmp_path):
-    pixels = np.broadcast_to(np.arange(64, dtype=np.uint8)[:, None], (32, 64, 3))
-    path = tmp_path / "slope.png"
-    Image.fromarray(pixels.copy()).save(path)
-    images = FileImages(paths=(path,), labels=torch.tensor([0]), size=14)
-    raw, _ = images.take(torch.tensor([0]))
-    assert raw.shape == (1, 3, 14, 14)
-    # Columns 18 to 45, two by two: 18.5, 20.5, ... before rounding.
-    assert (raw - (18.5 + 2 * torch.arange(14))).abs().max() <= 0.5
-
-
-def test_image_folder_holds_validation_images_out_of_train(folder):
-    spec = data.load("imagefolder", data_dir=folder, val_share=0.5)
-    assert [len(part.images) for part in (spec.train, spec.val, spec.test)] == [3, 3, 4]
-
-
-def test_image_folder_with_a_test_part(folder):
-    for name in ("a", "b"):
-        (folder / "test" / name).mkdir(parents=True)
-        picture().save(folder / "test" / name / "0.png")
-    spec = data.load_imagefolder(folder, size=8)
-    assert [len(part.images) for part in (spec.train, spec.val, spec.test)] == [6, 4, 2]
-
-
-def test_a_damaged_image_is_named(folder):
-    damaged = folder / "val" / "a" / "0.jpg"
-    damaged.write_bytes(damaged.read_bytes()[:100])
-    spec = data.load_imagefolder(folder, size=8)
-    with pytest.raises(FileError, match=r"val/a/0\.jpg cannot be decoded \(.*; remove or replace"):
-        next(iter(spec.test))
-
-
-def test_image_folders_that_cannot_be_used(folder):
-    with pytest.raises(ArgumentError, match="size is 0"):
-        data.load_imagefolder(folder, size=0)
-    with pytest.raises(FileError, match=r"none/train is not a folder; wanted train/<class>"):
-        data.load_imagefolder(folder / "none")
-    with pytest.raises(FileError, match=r"train has no folder per class"):
-        (folder / "empty" / "train").mkdir(parents=True)
-        data.load_imagefolder(folder / "empty")
-    (folder / "val" / "c").mkdir()
-    with pytest.raises(FileError, match=r"val and train differ in their classes: c"):
-        data.load_imagefolder(folder)
-    (folder / "train" / "c").mkdir()
-    with pytest.raises(FileError, match=r"train/c holds no image; wanted \.bmp, \.jpeg"):
-        data.load_imagefolder(folder)

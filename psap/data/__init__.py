@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from psap.data.cifar import load_cifar10
 from psap.data.digits import load_digits
-from psap.data.folder import load_imagefolder
+from psap.data.folder import Pictures, load_imagefolder
 from psap.data.loader import Augment, Loader, Normalise
 from psap.data.spec import DataSpec
 from psap.errors import ArgumentError
@@ -18,6 +18,7 @@ __all__ = [
     "DataSpec",
     "Loader",
     "Normalise",
+    "Pictures",
     "load",
     "load_cifar10",
     "load_digits",
@@ -34,6 +35,7 @@ def load(
     seed: int = 0,
     batch_size: int = 128,
     val_share: float = 0.1,
+    pictures: Pictures | None = None,
 ) -> DataSpec:
     """Load a data set by name.
 
@@ -43,6 +45,7 @@ def load(
         seed: of the splits, the order and the augmentation.
         batch_size: images per batch.
         val_share: share of the training images that is held out for validation, in [0, 1).
+        pictures: what the images become; only for "imagefolder".
 
     Raises:
         ArgumentError: the name is unknown, ``data_dir`` is missing or an option is out of range.
@@ -55,5 +58,8 @@ def load(
         return load_digits(seed=seed, batch_size=batch_size, val_share=val_share)
     if data_dir is None:
         raise ArgumentError(f"data_dir is None; pass the folder that holds {name}")
-    reader = load_cifar10 if name == "cifar10" else load_imagefolder
-    return reader(data_dir, seed=seed, batch_size=batch_size, val_share=val_share)
+    if name == "cifar10":
+        return load_cifar10(data_dir, seed=seed, batch_size=batch_size, val_share=val_share)
+    return load_imagefolder(
+        data_dir, pictures=pictures, seed=seed, batch_size=batch_size, val_share=val_share
+    )
