@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from psap.errors import PsapError, VerificationError
 from psap.graph.inputs import as_inputs
-from psap.graph.trace import output_tensors, untouched
+from psap.graph.trace import output_tensors
+from psap.graph.untouched import untouched
 from psap.recipe import Path_, check_is_result, replacing
 from psap.shrink import Result
 

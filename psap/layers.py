@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from psap.graph import Graph
 from psap.graph.calls import QuietMode
 from psap.graph.rules import RULES
-from psap.graph.trace import Tracer, run, untouched
+from psap.graph.trace import Tracer, run
+from psap.graph.untouched import untouched
 
 aten = torch.ops.aten
 

@@ -20,7 +20,8 @@ from psap.errors import TraceError
 from psap.graph.groups import doubled
 from psap.graph.labels import Ints, plain
 from psap.graph.rules import RULES
-from psap.graph.trace import Tracer, run, untouched
+from psap.graph.trace import Tracer, run
+from psap.graph.untouched import untouched
 
 COUNTING = frozenset({
     "view", "reshape", "unflatten", "expand", "pad", "_pad", "__getitem__", "split",

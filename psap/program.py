@@ -22,7 +22,8 @@ from psap.errors import VerificationError
 from psap.graph.groups import Side
 from psap.graph.labels import Ints, plain
 from psap.graph.rules import RULES
-from psap.graph.trace import Tracer, run, untouched
+from psap.graph.trace import Tracer, run
+from psap.graph.untouched import untouched
 from psap.openings import openings
 from psap.plans import Plan
 from psap.rewriting import Record, rewrite

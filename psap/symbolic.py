@@ -10,7 +10,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from psap.errors import ArgumentError, VerificationError
-from psap.graph.trace import untouched
+from psap.graph.untouched import untouched
 
 
 def traced(model: nn.Module, constants: Mapping[str, Any]) -> fx.GraphModule:

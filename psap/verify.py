@@ -21,7 +21,7 @@ from psap.decisions import Decisions
 from psap.errors import PsapError, VerificationError
 from psap.graph.groups import no_collection
 from psap.graph.outputs import NoDropout, output_tensors
-from psap.graph.trace import untouched
+from psap.graph.untouched import untouched
 from psap.plans import Plan
 
 TOLERANCE = 1e-9

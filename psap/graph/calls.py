@@ -50,14 +50,16 @@ class Schema(NamedTuple):
     Attributes:
         packet: all overloads of the op.
         name: its name, such as ``aten.add``.
-        defaults: name and default of every argument, in order.
+        names: of all arguments, in order.
+        defaults: their defaults by name.
         mutable: whether it writes to an argument.
         shapes_only: whether it looks at the shape of its inputs only.
     """
 
     packet: Any
     name: str
-    defaults: tuple[tuple[str, Any], ...]
+    names: tuple[str, ...]
+    defaults: Mapping[str, Any]
     mutable: bool
     shapes_only: bool
 
@@ -70,10 +72,11 @@ def schema(func: Any) -> Schema:
     return Schema(
         packet=packet,
         name=str(packet),
-        defaults=tuple(
-            (x.name, x.default_value if x.has_default_value() else None)
+        names=tuple(x.name for x in func._schema.arguments),
+        defaults={
+            x.name: x.default_value if x.has_default_value() else None
             for x in func._schema.arguments
-        ),
+        },
         mutable=bool(func._schema.is_mutable),
         shapes_only=short.startswith(("new_", "sym_")) or short.endswith("_like"),
     )
@@ -81,10 +84,7 @@ def schema(func: Any) -> Schema:
 
 def bind(found: Schema, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments by their names in the schema."""
-    bound = {name: kwargs.get(name, default) for name, default in found.defaults}
-    for (name, _), value in zip(found.defaults, args, strict=False):
-        bound[name] = value
-    return bound
+    return {**found.defaults, **dict(zip(found.names, args, strict=False)), **kwargs}
 
 
 def tensors_in(values: Iterable[Any]) -> list[Tensor]:

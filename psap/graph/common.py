@@ -15,6 +15,13 @@ def first(out: Any) -> Tensor:
     return result
 
 
+def along(x: Tensor, labels: Tensor | None, dim: int) -> Tensor | None:
+    """The labels if they vary along this dimension of ``x`` and no other, else None."""
+    if labels is None or not labels.numel() == labels.shape[dim] == x.shape[dim]:
+        return None
+    return labels
+
+
 def channels_along(t: Tracer, x: Tensor, labels: Tensor, dim: int, op: str) -> Tensor | None:
     """The labels of ``x`` along ``dim`` as int64 [C], or None (and frozen) if they lie elsewhere.
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from psap.graph.common import channels_along, computed, first, freeze_all
+from psap.graph.common import along, channels_along, computed, first, freeze_all
 from psap.graph.labels import plain
 from psap.graph.trace import Args, Tracer, View
 from psap.graph.weights import standardises, tie_computed
@@ -15,7 +15,7 @@ from psap.graph.weights import standardises, tie_computed
 def _consume(t: Tracer, x: Tensor, dim: int, weight: Tensor, weight_dim: int, op: str) -> None:
     """Tie the channels of ``x`` to the input side of a weight."""
     labels = t.get(x)
-    side = _reads(t, weight, weight_dim, labels)
+    side = _reads(t, weight, weight_dim, labels, along(x, labels, dim))
     if labels is None:
         t.freeze(side, "reads data that has no channels to prune")
         return
@@ -26,7 +26,9 @@ def _consume(t: Tracer, x: Tensor, dim: int, weight: Tensor, weight_dim: int, op
         t.labels.unite(channels, side)
 
 
-def _reads(t: Tracer, weight: Tensor, dim: int, labels: Tensor | None) -> Tensor:
+def _reads(
+    t: Tracer, weight: Tensor, dim: int, labels: Tensor | None, like: Tensor | None = None
+) -> Tensor:
     """The side of a weight that reads these labels.
 
     Standardised filters count what they read: it must be zero in the masked weights, too; what they
@@ -34,7 +36,7 @@ def _reads(t: Tracer, weight: Tensor, dim: int, labels: Tensor | None) -> Tensor
     """
     view = t.view(weight)
     if view is None or view.kind != "standard" or t.shapes[view.name][view.dims[dim]] == 1:
-        return t.claim(weight, dim, "in" if labels is None else t.reading(labels))
+        return t.claim(weight, dim, "in" if labels is None else t.reading(labels), like)
     if labels is not None:
         t.settle(labels)
     side = t.claim(weight, dim, "in" if t.gated else "cut")
@@ -69,7 +71,7 @@ def convolution(t: Tracer, a: Args, out: Tensor) -> None:
         _consume(t, x, 1, weight, reads, "convolution")
         labels = t.claim(weight, gives, "out")
     if bias is not None and t.view(bias) is not None:
-        t.labels.unite(t.claim(bias, 0, "out"), labels)
+        t.labels.unite(t.claim(bias, 0, "out", labels), labels)
     elif bias is not None:
         t.freeze(labels, "a bias that is computed in forward")
     t.made_by(out, view.name)
@@ -102,7 +104,7 @@ def _slides(t: Tracer, a: Args, view: View, out: Tensor) -> bool:
 def _grouped(t: Tracer, x: Tensor, weight: Tensor, groups: int) -> Tensor | None:
     """Tie the channels of all convolution groups at the same offset; depthwise ones follow x."""
     labels = t.get(x)
-    gives = t.claim(weight, 0, "out")
+    gives = t.claim(weight, 0, "out", along(x, labels, 1) if weight.shape[1] == 1 else None)
     if labels is None:
         return None
     channels = channels_along(t, x, labels, 1, "grouped convolution")
@@ -110,7 +112,8 @@ def _grouped(t: Tracer, x: Tensor, weight: Tensor, groups: int) -> Tensor | None
         return None
     if weight.shape[1] == 1:  # a filter that is zero gives zero whatever it reads
         t.labels.freeze(t.claim(weight, 1, "in"), "depthwise")
-        t.labels.unite(channels.repeat_interleave(weight.shape[0] // groups), gives)
+        times = weight.shape[0] // groups
+        t.labels.unite(channels if times == 1 else channels.repeat_interleave(times), gives)
         return gives
     by_group = channels.view(groups, -1)
     t.labels.unite(by_group, _reads(t, weight, 1, labels))
@@ -149,7 +152,7 @@ def _product(t: Tracer, x: Tensor, weight: Tensor, bias: Any, out: Tensor) -> No
     labels = t.claim(weight, 1, "out")
     if isinstance(bias, Tensor) and t.view(bias) is not None:
         if bias.dim() == 1 and bias.shape == labels.shape:
-            t.labels.unite(t.claim(bias, 0, "out"), labels)
+            t.labels.unite(t.claim(bias, 0, "out", labels), labels)
         else:
             t.freeze(labels, "a bias of another shape than the output of linear")
     elif isinstance(bias, Tensor):
@@ -211,7 +214,7 @@ def batch_norm(t: Tracer, a: Args, out: Any) -> None:
         return
     for vector, role in zip(vectors, ("out", "out", "out", "state"), strict=True):
         if isinstance(vector, Tensor) and t.view(vector) is not None:
-            t.labels.unite(t.claim(vector, 0, role), channels)
+            t.labels.unite(t.claim(vector, 0, role, channels), channels)
         elif isinstance(vector, Tensor):
             tie_computed(t, t.get(vector), channels, role)
     weight = vectors[0]

@@ -76,7 +76,7 @@ def prelu(t: Tracer, a: Args, out: Tensor) -> None:
         if view is None or len(dims) != 1:
             t.freeze(labels, "prelu with a computed slope")
             return
-        t.labels.unite(t.claim(weight, dims[0], "slope"), channels)
+        t.labels.unite(t.claim(weight, dims[0], "slope", channels), channels)
     t.set(out, labels)
 
 

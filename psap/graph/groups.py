@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from psap.errors import TraceError
 from psap.graph.inputs import as_inputs, check_model
 from psap.graph.labels import Ints
 from psap.graph.rules import RULES
-from psap.graph.trace import Call, Tracer, run, untouched
+from psap.graph.trace import Call, Tracer, run
+from psap.graph.untouched import untouched
 
 Side = tuple[str, int]
 """A dimension of a parameter or buffer: its name, and the dimension."""
@@ -159,14 +160,19 @@ def doubled(inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
 def build(model: nn.Module, inputs: tuple[Any, ...], tracer: Tracer) -> Graph:
     """Resolve the labels of a finished trace into groups."""
     root, frozen = tracer.labels.resolve()
-    roots = {side: root[labels.numpy()] for side, labels in tracer.along.items()}
+    vectors, at = _vectors(tracer.along, root)
+    roots = {side: vectors[at[side]] for side in at}
     owners = {n: n.rpartition(".")[0].partition(".parametrizations")[0] for n in tracer.shapes}
     _respect_frozen(tracer, roots, frozen)
     weights = {call.weight for call in tracer.calls} & set(tracer.parameters)  # no fixed filters
     alive = _prunable(roots, tracer.roles, weights, frozen, tracer.labels.count)
-    channel, groups = _group(roots, alive, tracer.roles, weights, owners)
-    channels = {side: channel[components] for side, components in roots.items()}
-    group_of = np.repeat(np.arange(len(groups)), [group.size for group in groups])
+    channel, sizes, shared = _group(vectors, alive)
+    groups = _named(sizes, shared, at, tracer.roles, weights, owners)
+    found = [channel[components] for components in vectors]
+    channels = {side: found[number] for side, number in at.items()}
+    lives = [bool((ids >= 0).any()) for ids in found]
+    pruned = {side for side, number in at.items() if lives[number]}
+    group_of = np.repeat(np.arange(len(groups)), sizes)
     return Graph(
         model=model,
         inputs=inputs,
@@ -179,11 +185,24 @@ def build(model: nn.Module, inputs: tuple[Any, ...], tracer: Tracer) -> Graph:
         batch=max(1, _batch(inputs)),
         normalised={k: tuple(sorted(v)) for k, v in tracer.normalised.items()},
         affine=frozenset(tracer.affine),
-        left_alone=_reasons(channels, roots, frozen, weights, owners, tracer),
+        left_alone=_reasons(pruned, roots, frozen, weights, owners, tracer),
         counted=_counted(channel[root], group_of, tracer),
         unknown_ops=dict(tracer.unknown),
         group_of=group_of.astype(np.int64),
     )
+
+
+def _vectors(along: Mapping[Side, Tensor], root: Ints) -> tuple[list[Ints], dict[Side, int]]:
+    """The components along all sides, once for sides with the same labels, and where each is."""
+    numbers: dict[Any, int] = {}
+    vectors: list[Ints] = []
+    at: dict[Side, int] = {}
+    for side, labels in along.items():
+        key = (labels.data_ptr(), labels.shape, labels.stride())
+        at[side] = numbers.setdefault(key, len(vectors))
+        if at[side] == len(vectors):
+            vectors.append(root[labels.numpy()])
+    return vectors, at
 
 
 def _counted(channel: Ints, group_of: Ints, tracer: Tracer) -> frozenset[int]:
@@ -227,16 +246,16 @@ NDArrayBool = np.ndarray[Any, np.dtype[np.bool_]]
 
 @dataclass(frozen=True)
 class _Places:
-    """Which component occurs how often along which side; sorted by side, then by component."""
+    """Which component occurs how often in which vector; sorted by vector, then by component."""
 
-    side: Ints
+    vector: Ints
     component: Ints
     count: Ints
 
     @staticmethod
-    def of(roots: Mapping[Side, Ints], components: int) -> _Places:
-        sizes = [found.size for found in roots.values()]
-        flat = np.concatenate([*roots.values(), np.empty(0, dtype=np.int64)])
+    def of(vectors: list[Ints], components: int) -> _Places:
+        sizes = [found.size for found in vectors]
+        flat = np.concatenate([*vectors, np.empty(0, dtype=np.int64)])
         keys = np.repeat(np.arange(len(sizes)), sizes) * max(1, components) + flat
         unique, count = _runs(keys)
         return _Places(unique // max(1, components), unique % max(1, components), count)
@@ -249,49 +268,43 @@ def _runs(keys: Ints) -> tuple[Ints, Ints]:
     return keys[starts], np.diff(np.append(starts, keys.size))
 
 
-def _group(
-    roots: Mapping[Side, Ints],
-    alive: NDArrayBool,
-    roles: Mapping[Side, str],
-    weights: set[str],
-    owners: Mapping[str, str],
-) -> tuple[Ints, tuple[Group, ...]]:
-    """Gather components with the same sides; number their channels group after group."""
-    places = _Places.of(roots, alive.size)
+def _group(vectors: list[Ints], alive: NDArrayBool) -> tuple[Ints, list[int], list[dict[int, int]]]:
+    """Gather components that occur in the same places; number their channels group after group.
+
+    Returns:
+        For every component its channel or -1, the number of channels of every group, and how often
+        one of them occurs in each vector.
+    """
+    places = _Places.of(vectors, alive.size)
     signature = np.zeros(alive.size, dtype=np.uint64)
-    np.add.at(signature, places.component, _mix(places.side, places.count))
+    np.add.at(signature, places.component, _mix(places.vector, places.count))
     chosen = np.flatnonzero(alive)
-    chosen = chosen[np.argsort(_first(roots, places, alive.size)[chosen], kind="stable")]
+    chosen = chosen[np.argsort(_first(places, alive.size)[chosen], kind="stable")]
     channel = np.full(alive.size, -1, dtype=np.int64)
     members: dict[int, list[int]] = {}
     for component, mixed in zip(chosen.tolist(), signature[chosen].tolist(), strict=True):
         members.setdefault(mixed, []).append(component)
     in_group = np.full(alive.size, -1, dtype=np.int64)
     start = 0
-    starts, sizes = [], []
     for number, found in enumerate(members.values()):
         channel[found] = np.arange(start, start + len(found))
         in_group[found] = number
-        starts.append(start)
-        sizes.append(len(found))
         start += len(found)
-    shared = _sides(list(roots), places, in_group, sizes)
-    return channel, _named(starts, sizes, shared, roles, weights, owners)
+    sizes = [len(found) for found in members.values()]
+    return channel, sizes, _shared(places, in_group, sizes)
 
 
-def _first(roots: Mapping[Side, Ints], places: _Places, components: int) -> Ints:
-    """Where each component occurs first, counted through all sides."""
-    offsets = np.cumsum([0, *(found.size for found in roots.values())])
-    within = np.arange(places.side.size) - np.searchsorted(places.side, places.side)
-    first = np.full(components, np.iinfo(np.int64).max)
-    np.minimum.at(first, places.component, offsets[places.side] + within)
+def _first(places: _Places, components: int) -> Ints:
+    """Where each component occurs first, counted through all vectors."""
+    first = np.full(components, places.component.size)
+    np.minimum.at(first, places.component, np.arange(places.component.size))
     return first
 
 
-def _mix(side: Ints, counts: Ints) -> np.ndarray[Any, np.dtype[np.uint64]]:
-    """A fixed 64-bit hash of (side, count), to be added over the sides of a component."""
+def _mix(vector: Ints, counts: Ints) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """A fixed 64-bit hash of (vector, count), to be added over the vectors of a component."""
     with np.errstate(over="ignore"):
-        x = (side.astype(np.uint64) + np.uint64(1)) << np.uint64(32)
+        x = (vector.astype(np.uint64) + np.uint64(1)) << np.uint64(32)
         x = x + counts.astype(np.uint64)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -299,44 +312,52 @@ def _mix(side: Ints, counts: Ints) -> np.ndarray[Any, np.dtype[np.uint64]]:
         return mixed
 
 
-def _sides(
-    sides: list[Side], places: _Places, in_group: Ints, sizes: list[int]
-) -> list[dict[Side, int]]:
-    """For every group how often a channel of it occurs along each side."""
-    shared: list[dict[Side, int]] = [{} for _ in sizes]
+def _shared(places: _Places, in_group: Ints, sizes: list[int]) -> list[dict[int, int]]:
+    """For every group how often a channel of it occurs in each vector."""
+    shared: list[dict[int, int]] = [{} for _ in sizes]
     number = in_group[places.component]
     inside = number >= 0
-    keys = places.side[inside] * max(1, len(sizes)) + number[inside]
+    keys = places.vector[inside] * max(1, len(sizes)) + number[inside]
     pairs, where = np.unique(keys, return_inverse=True)
     totals = np.bincount(where, weights=places.count[inside], minlength=pairs.size).astype(int)
     for pair, total in zip(pairs.tolist(), totals.tolist(), strict=True):
-        side, group = divmod(pair, len(sizes))
-        shared[group][sides[side]] = total // sizes[group]
+        vector, group = divmod(pair, len(sizes))
+        shared[group][vector] = total // sizes[group]
     return shared
 
 
 def _named(
-    starts: list[int],
     sizes: list[int],
-    shared: list[dict[Side, int]],
+    shared: list[dict[int, int]],
+    at: Mapping[Side, int],
     roles: Mapping[Side, str],
     weights: set[str],
     owners: Mapping[str, str],
 ) -> tuple[Group, ...]:
+    sharing: dict[int, list[int]] = {}  # groups by vector, to go through all sides in order
+    for number, vectors in enumerate(shared):
+        for vector in vectors:
+            sharing.setdefault(vector, []).append(number)
+    sides: list[dict[Side, int]] = [{} for _ in shared]
+    for side, vector in at.items():
+        for number in sharing.get(vector, ()):
+            sides[number][side] = shared[number][vector]
     used: dict[str, int] = {}
-    groups = []
-    for start, size, sides in zip(starts, sizes, shared, strict=True):
-        makers = dict.fromkeys(n for n, d in sides if roles[n, d] in MAKES and n in weights)
+    groups: list[Group] = []
+    start = 0
+    for size, found in zip(sizes, sides, strict=True):
+        makers = dict.fromkeys(n for n, d in found if roles[n, d] in MAKES and n in weights)
         name = owners[next(iter(makers))] or next(iter(makers))
         used[name] = used.get(name, 0) + 1
         name += f"#{used[name]}" if used[name] > 1 else ""
-        layers = tuple(dict.fromkeys(owners[n] or n for n, _ in sides))
-        groups.append(Group(name, size, start, sides, tuple(makers), layers))
+        layers = tuple(dict.fromkeys(owners[n] or n for n, _ in found))
+        groups.append(Group(name, size, start, found, tuple(makers), layers))
+        start += size
     return tuple(groups)
 
 
 def _reasons(
-    channels: Mapping[Side, Ints],
+    pruned: set[Side],
     roots: Mapping[Side, Ints],
     frozen: Mapping[int, str],
     weights: set[str],
@@ -347,13 +368,13 @@ def _reasons(
     reasons: dict[str, str] = {}
     for name, shape in tracer.shapes.items():
         sides = [(name, d) for d in range(len(shape)) if tracer.roles.get((name, d)) in MAKES]
-        if name not in weights or any((channels[side] >= 0).any() for side in sides):
+        if name not in weights or not pruned.isdisjoint(sides):
             continue
         found = [frozen[c] for side in sides for c in roots[side].tolist() if c in frozen]
         reasons[owners[name] or name] = found[0] if found else "its channels lead nowhere"
-    pruned = {name for (name, _), found in channels.items() if (found >= 0).any()}
+    smaller = {name for name, _ in pruned}
     for name, shape in tracer.shapes.items():
-        if len(shape) < 2 or name in weights or name in pruned:
+        if len(shape) < 2 or name in weights or name in smaller:
             continue
         why = [frozen[c] for d in range(len(shape)) for c in roots.get((name, d), ())
                if c in frozen]  # fmt: skip

@@ -31,14 +31,9 @@ def compact(labels: Tensor) -> Tensor:
     Returns:
         A view that broadcasts back to the shape of ``labels``.
     """
-    for dim, (size, stride) in enumerate(zip(labels.shape, labels.stride(), strict=True)):
-        if size > 1 and stride == 0:
-            labels = labels.narrow(dim, 0, 1)
-    if labels.numel() == 1:
-        return labels
     numbers = labels.numpy()
-    for dim, size in enumerate(numbers.shape):
-        if size > 1 and _constant(numbers, dim):
+    for dim, (size, stride) in enumerate(zip(numbers.shape, numbers.strides, strict=True)):
+        if size > 1 and (stride == 0 or _constant(numbers, dim)):
             labels = labels.narrow(dim, 0, 1)
             numbers = labels.numpy()
     return labels
@@ -47,21 +42,31 @@ def compact(labels: Tensor) -> Tensor:
 def _constant(numbers: Ints, dim: int) -> bool:
     """Whether labels do not change along a dimension; the ends tell most of them apart."""
     ends = [0] * numbers.ndim
-    first = numbers[tuple(ends)]
-    ends[dim] = -1
-    if numbers[tuple(ends)] != first:
-        return False
-    return bool((numbers == numbers.take([0], dim)).all())
+    first = numbers.item(*ends)
+    ends[dim] = numbers.shape[dim] - 1
+    return numbers.item(*ends) == first and bool((numbers == numbers.take([0], dim)).all())
 
 
 def plain(labels: Tensor) -> Tensor:
-    """The labels without their taint bit."""
-    return labels & (TAINT - 1)
+    """The labels without their taint bit: the same tensor if they have none."""
+    return labels & (TAINT - 1) if tainting(labels) else labels
+
+
+def tainting(labels: Tensor) -> bool:
+    """Whether any of these labels has the taint bit."""
+    return labels.numel() > 0 and int(labels.numpy().max()) >= TAINT
 
 
 def tainted(labels: Tensor) -> Tensor:
     """The taint bits alone."""
     return labels & TAINT
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two label tensors are one, or views of the same memory in the same way."""
+    if a is b:
+        return True
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
 
 
 class Labels:
@@ -80,7 +85,7 @@ class Labels:
 
     def unite(self, a: Tensor, b: Tensor) -> None:
         """Bind labels that broadcast to one shape, element by element."""
-        if a is b:
+        if same(a, b):
             return
         if a.shape != b.shape:
             a, b = torch.broadcast_tensors(a, b)
@@ -103,9 +108,16 @@ class Labels:
             b = np.concatenate([pair[1] for pair in self._unions]) & (TAINT - 1)
             root = _components(root, a, b)
         frozen: dict[int, str] = {}
-        for labels, reason in self._frozen:
-            for component in np.unique(root[labels]).tolist():
-                frozen.setdefault(component, reason)
+        if self._frozen:
+            met = np.concatenate([labels for labels, _ in self._frozen])
+            order = np.repeat(np.arange(len(self._frozen)), [x.size for x, _ in self._frozen])
+            first = np.full(self.count, len(self._frozen))
+            np.minimum.at(first, root[met], order)
+            found = np.flatnonzero(first < len(self._frozen))
+            reasons = [reason for _, reason in self._frozen]
+            frozen = {
+                c: reasons[n] for c, n in zip(found.tolist(), first[found].tolist(), strict=True)
+            }
         return root, frozen
 
 

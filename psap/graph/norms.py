@@ -44,7 +44,7 @@ def _normalised(
     t.settle(labels)
     t.count_channels(labels)
     for vector, dim in vectors:
-        t.labels.unite(t.claim(vector, dim, "out"), channels)
+        t.labels.unite(t.claim(vector, dim, "out", channels), channels)
     t.set(out, plain(labels) if vectors else t.taint(labels, "a norm"))
 
 
@@ -74,7 +74,7 @@ def group_norm(t: Tracer, a: Args, out: Any) -> None:
         _normalised(t, labels, channels, pairs, first(out))
         return
     for vector, _ in pairs:
-        t.labels.unite(t.claim(vector, 0, "out"), channels)
+        t.labels.unite(t.claim(vector, 0, "out", channels), channels)
     t.set(first(out), plain(labels))
 
 

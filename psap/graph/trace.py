@@ -11,15 +11,15 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from psap.errors import TraceError
 from psap.graph.calls import QuietMode, Schema, TensorMap, bind, schema, tensors_in
-from psap.graph.labels import TAINT, Labels, compact, plain
+from psap.graph.labels import TAINT, Labels, compact, plain, tainting
 from psap.graph.outputs import NoDropout
 from psap.graph.outputs import output_tensors as output_tensors
 
@@ -104,8 +104,9 @@ class Tracer(QuietMode):
         self._activations: TensorMap[Tensor] = TensorMap()
         self._origin: TensorMap[str] = TensorMap()
         self._taints: dict[int, str] = {}
+        self._tainting: list[tuple[Tensor, str]] = []
         self._claimed: set[str] = set()
-        self._module: list[str] = []
+        self._names = {id(module): name for name, module in model.named_modules()}
         self.parameters = dict(model.named_parameters())
         self.buffers = dict(model.named_buffers())
         for name, tensor in (*self.parameters.items(), *self.buffers.items()):
@@ -122,7 +123,7 @@ class Tracer(QuietMode):
         """Note that a tensor is a permuted parameter."""
         self._views[tensor] = view
 
-    def claim(self, tensor: Tensor, dim: int, role: str) -> Tensor:
+    def claim(self, tensor: Tensor, dim: int, role: str, like: Tensor | None = None) -> Tensor:
         """Labels along one dimension of a parameter, int64 [size].
 
         Args:
@@ -130,6 +131,8 @@ class Tracer(QuietMode):
             dim: dimension of ``tensor``.
             role: "out" if zeros there make the channel zero, "in" if the channel is read there,
                 "cut" if it is and is not zero when it is pruned.
+            like: labels, as many as positions, that the caller unites the result with: a side
+                without labels takes these, so that most channels have only one.
         """
         view = self._views.get(tensor)
         if view is None:
@@ -139,19 +142,25 @@ class Tracer(QuietMode):
             fixed = self.labels.new(tensor.shape[dim])
             self.labels.freeze(fixed, f"{view.name} has no such dimension")
             return fixed
-        return self.side(view.name, view.dims[dim], view.role(view.dims[dim], role))
+        return self.side(view.name, view.dims[dim], view.role(view.dims[dim], role), like)
 
-    def side(self, name: str, dim: int, role: str) -> Tensor:
+    def side(self, name: str, dim: int, role: str, like: Tensor | None = None) -> Tensor:
         """Labels along one dimension of a parameter, by its name, int64 [size]."""
         key = (name, dim)
-        if key not in self.along:
-            self.along[key] = self.labels.new(self.shapes[name][dim])
+        labels = self.along.get(key)
+        if labels is None:
+            size = self.shapes[name][dim]
+            if like is None or like.numel() != size:
+                labels = self.labels.new(size)
+            else:
+                labels = plain(like.reshape(-1))
+            self.along[key] = labels
             self.roles[key] = role
         elif {role, self.roles[key]} == {"in", "cut"}:
             self.roles[key] = "cut"
         elif self.roles[key] != role:
-            self.labels.freeze(self.along[key], f"{name} is read and written along one side")
-        return self.along[key]
+            self.labels.freeze(labels, f"{name} is read and written along one side")
+        return labels
 
     def freeze_parameter(self, view: View, reason: str) -> None:
         """Forbid every pruning of a parameter."""
@@ -181,20 +190,27 @@ class Tracer(QuietMode):
 
     def freeze(self, labels: Tensor, why: str) -> None:
         """Forbid that these channels are pruned, and say where it was found."""
-        where = f" (in {self._module[-1]})" if self._module and self._module[-1] else ""
-        self.labels.freeze(labels, why + where)
+        inner = next(self._running(), "")
+        self.labels.freeze(labels, f"{why} (in {inner})" if inner else why)
 
     def taint(self, labels: Tensor, why: str) -> Tensor:
         """Mark that the values would not be zero if the channels were pruned."""
-        for label in plain(labels).unique().tolist():
-            self._taints.setdefault(label, why)
+        self._tainting.append((labels, why))
         return labels | TAINT
+
+    def _tainted_by(self, label: int) -> str:
+        """What a label was first tainted by."""
+        for labels, why in self._tainting:
+            for known in plain(compact(labels)).reshape(-1).tolist():
+                self._taints.setdefault(known, why)
+        self._tainting.clear()
+        return self._taints.get(label, "a constant")
 
     def settle(self, labels: Tensor) -> None:
         """Freeze those labels that arrive tainted where zeros are needed."""
-        if labels.numel() and int(labels.max()) >= TAINT:
+        if tainting(labels):
             bad = plain(labels[labels >= TAINT])
-            why = self._taints.get(int(bad.reshape(-1)[0]), "a constant")
+            why = self._tainted_by(int(bad.reshape(-1)[0]))
             self.freeze(bad, f"a pruned channel would not stay zero after {why}")
 
     def reading(self, labels: Tensor) -> str:
@@ -202,7 +218,7 @@ class Tracer(QuietMode):
 
         What does not stay zero is silent all the same if its readers have zeros there ("cut").
         """
-        if not self.gated and labels.numel() and int(labels.max()) >= TAINT:
+        if not self.gated and tainting(labels):
             return "cut"
         self.settle(labels)
         return "in"
@@ -235,39 +251,41 @@ class Tracer(QuietMode):
         """Run the call, then let its rule move the labels."""
         kwargs = kwargs or {}
         found = schema(func)
-        tensors = tensors_in((*args, *kwargs.values()))
+        tensors = tensors_in((*args, *kwargs.values()) if kwargs else args)
         out = func(*args, **kwargs)
-        if not any(self.view(t) is not None or self.get(t) is not None for t in tensors):
+        views = [view for t in tensors if (view := self._views.get(t)) is not None]
+        before = [labels for t in tensors if (labels := self._activations.get(t)) is not None]
+        if not views and not before:
             return out
         if not found.shapes_only or self._like_channels(found, tensors):
-            self._follow(found, bind(found, args, kwargs), tensors, out)
+            self._claimed, self.closed = set(), False
+            self._follow(found, bind(found, args, kwargs), tensors, before, out)
+            for view in views:
+                self.reached.add(view.name)
+                if view.name not in self._claimed:
+                    self.freeze_parameter(view, f"{view.name} is used by {found.name}")
         return out
 
     def _like_channels(self, found: Schema, tensors: list[Tensor]) -> bool:
         """Whether a call makes a tensor in the shape of one that has channels."""
         return found.packet in self._rules and self.get(tensors[0]) is not None
 
-    def _follow(self, found: Schema, bound: Args, tensors: list[Tensor], out: Any) -> None:
-        """Apply the rule, then freeze whatever it did not account for."""
-        self._claimed, self.closed = set(), False
-        name = found.name
-        before = [labels for t in tensors if (labels := self.get(t)) is not None]
+    def _follow(
+        self, found: Schema, bound: Args, tensors: list[Tensor], before: list[Tensor], out: Any
+    ) -> None:
+        """Apply the rule, then freeze the channels that it did not account for."""
         rule = self._rules.get(found.packet)
         if rule is not None:
             rule(self, bound, out)
         elif before:
-            self.unknown[name] += 1
+            self.unknown[found.name] += 1
+        if not before:
+            return
         followed = self.closed or any(self.get(t) is not None for t in tensors_in((out,)))
         if rule is None or not followed or self._writes_through(found, rule, tensors):
             for labels in before:
-                self.freeze(labels, f"no rule for {name}" if rule is None else f"lost in {name}")
-        for tensor in tensors:
-            view = self.view(tensor)
-            if view is None:
-                continue
-            self.reached.add(view.name)
-            if view.name not in self._claimed:
-                self.freeze_parameter(view, f"{view.name} is used by {name}")
+                why = f"no rule for {found.name}" if rule is None else f"lost in {found.name}"
+                self.freeze(labels, why)
 
     def _writes_through(self, found: Schema, rule: Rule, tensors: list[Tensor]) -> bool:
         """Whether a call changes a part of another tensor in a way that may leave no zero there."""
@@ -284,38 +302,23 @@ class Tracer(QuietMode):
         if view is not None:
             self._claimed.add(view.name)
 
-    def enter(self, name: str) -> None:
-        """A module's forward begins."""
-        self._module.append(name)
-
-    def leave(self) -> None:
-        """A module's forward ends."""
-        self._module.pop()
-
     def where(self) -> tuple[str, ...]:
         """The modules that run, outermost first."""
-        return tuple(self._module)
+        return tuple(self._running())[::-1]
+
+    def _running(self) -> Iterator[str]:
+        """The modules that run, innermost first: read off the stack, which costs nothing else."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_code is not run.__code__:
+            if frame.f_code is _CALL:
+                name = self._names.get(id(frame.f_locals["self"]))
+                if name is not None:
+                    yield name
+            frame = frame.f_back
 
 
-@contextmanager
-def _named_modules(tracer: Tracer, model: nn.Module) -> Iterator[None]:
-    """Tell the tracer which module runs."""
-    handles: list[RemovableHandle] = []
-    try:
-        for name, module in model.named_modules():
-
-            def before(_: nn.Module, __: Any, name: str = name) -> None:
-                tracer.enter(name)
-
-            def after(_: nn.Module, __: Any, ___: Any) -> None:
-                tracer.leave()
-
-            handles.append(module.register_forward_pre_hook(before))
-            handles.append(module.register_forward_hook(after, always_call=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+_CALL = nn.Module._call_impl.__code__
+"""What runs forward() of a module, with its hooks."""
 
 
 @contextmanager
@@ -328,25 +331,6 @@ def _eager() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Put back train flags, buffers and the random state when the block ends."""
-    flags = [(module, module.training) for module in model.modules()]
-    parts = [t for m, _ in flags for t in (*m._parameters.values(), *m._buffers.values())]
-    held = {id(t): t for m, _ in flags for t in m._buffers.values() if t is not None}
-    buffers = [(b, b.detach().clone()) for b in held.values()]
-    devices = sorted({t.device.index for t in parts if t is not None and t.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
-        try:
-            yield
-        finally:
-            for module, training in flags:
-                module.training = training
-            for buffer, saved in buffers:  # norms change theirs without a new version number
-                if not torch.equal(buffer, saved):
-                    buffer.copy_(saved)
-
-
 def run(tracer: Tracer, model: nn.Module, inputs: tuple[Any, ...], training: bool) -> None:
     """Run the model once under the tracer and freeze what comes out.
 
@@ -356,7 +340,6 @@ def run(tracer: Tracer, model: nn.Module, inputs: tuple[Any, ...], training: boo
     model.train(training)
     try:
         with (
-            _named_modules(tracer, model),
             _eager(),
             NoDropout(),
             torch.inference_mode(False),  # which turns gradients on

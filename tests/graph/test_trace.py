@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from zoo import CASES
 
 import psap
-from psap.graph.trace import untouched
+from psap.graph.untouched import untouched
 
 
 class Failing(nn.Module):
