@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -35,7 +36,16 @@ def _tensors(value: Any, seen: set[int]) -> list[Tensor]:
 
 
 class NoDropout(TorchFunctionMode):
-    """Dropouts of all kinds pass their input on while this is active."""
+    """Dropouts of all kinds pass their input on while this is active.
+
+    Args:
+        steady: nor do batch norms that have running statistics take those of the batch. Where
+            values do not matter, that is quicker, and works with one value per channel.
+    """
+
+    def __init__(self, *, steady: bool = False) -> None:
+        super().__init__()
+        self._steady = steady
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -44,4 +54,6 @@ class NoDropout(TorchFunctionMode):
         kwargs = kwargs or {}
         if "dropout" in getattr(func, "__name__", ""):
             return args[0] if args else kwargs["input"]
+        if self._steady and func is F.batch_norm and args[1] is not None and args[2] is not None:
+            kwargs = {**kwargs, "training": False}
         return func(*args, **kwargs)

@@ -341,7 +341,7 @@ def run(tracer: Tracer, model: nn.Module, inputs: tuple[Any, ...], training: boo
     try:
         with (
             _eager(),
-            NoDropout(),
+            NoDropout(steady=True),
             torch.inference_mode(False),  # which turns gradients on
             torch.no_grad(),
             tracer,
