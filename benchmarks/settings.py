@@ -72,6 +72,9 @@ SETTINGS = {
         data="cifar10", network="resnet20", start="scratch", images=25000, epochs=8, batch=128,
         lr=0.1, prune=(0.1, 0.6),
     ),
+    "cifar56-short": Setting(
+        data="cifar10", network="resnet56", images=10000, epochs=2, lr=0.02
+    ),
     "cifar56": Setting(
         data="cifar10", network="resnet56", epochs=4, batch=128, lr=0.05
     ),

@@ -94,9 +94,11 @@ class Config:
         z_threshold: significance that a restored filter must reach (protect="pulse").
         restore_share: largest share of freshly pruned filters that one window restores ("pulse").
         restore_bonus: added to the score of a restored filter (protect="pulse").
-        progressive: remove pruned channels from the model and the optimizer, in place, as soon as a
-            prune step (or its window) is over, so that the rest of the training is faster. They
-            cannot return. Not inside of ``DistributedDataParallel``.
+        progressive: remove pruned channels from the model and the optimizer, in place, already
+            while it is pruned, so that the rest of the training is faster: after each prune step
+            (or its window) those that were pruned at an earlier one; after the last one, all. What
+            is removed cannot return. Copies of the model (an EMA) must be passed as ``friends``, or
+            they no longer fit it. Not inside of ``DistributedDataParallel``.
         verify: prove shrunk == masked in float64 before channels are removed.
 
     Raises:

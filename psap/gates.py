@@ -264,6 +264,24 @@ class Gates:
                     keeps.append(keep.to(value.device))
         psap_kernels.zero_filters_(tensors, keeps)
 
+    def left(self, stays: Bools) -> dict[Side, Saved]:
+        """The saved copies that a cut leaves, as the small tensors count; bool [channels]."""
+        found, dims = {}, dict[str, dict[int, Tensor]]()
+        for (name, dim), channels in self.graph.channels.items():
+            dims.setdefault(name, {})[dim] = torch.from_numpy((channels < 0) | stays[channels])
+        for (name, dim), saved in self.saved.items():
+            keeps, rows = dims[name], saved.rows.cpu()
+            inside = keeps[dim][rows]
+            values = saved.values[inside.to(saved.values.device)]
+            for other in keeps.keys() - {dim}:
+                axis = other + (other < dim)  # the side's dimension is in front
+                kept = keeps[other].nonzero().flatten()
+                values = values.index_select(axis, kept.to(values.device))
+            rows = (keeps[dim].cumsum(0) - 1)[rows[inside]]
+            if rows.numel():
+                found[name, dim] = self._copy((name, dim), rows.to(values.device), values)
+        return found
+
     # Supervision
 
     @torch.no_grad()

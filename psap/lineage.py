@@ -25,7 +25,6 @@ from psap.shrink import apply, small_copy
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
-Floats = NDArray[np.float64]
 
 
 def restricted(graph: Graph, alive: Bools) -> Graph:
@@ -68,14 +67,16 @@ class Lineage:
         graph: the graph of the model as it is.
         original: int64 [channels], the index within its group that each channel of the model had in
             the dense one.
-        gone: float64 [groups], channels times sparsity of what was removed, when it was.
+        gone: for every group what the removed filters and inputs counted, when they were removed.
         mode: "graph" once a cut has made programs of some modules.
     """
 
     def __init__(self, graph: Graph, latency: LatencyTable | None = None) -> None:
         self.dense = self.graph = graph
         self.cost = CostModel(graph, latency)
-        self.gone: Floats = np.zeros(len(graph.groups))
+        self.gone = [
+            GroupStats(np.zeros((len(group.producers), group.size)), 0, 0) for group in graph.groups
+        ]
         self.mode: Literal["module", "graph"] = "module"
         self.architecture = plans.fingerprint(graph.model)
         empty = np.empty(0, dtype=np.int64)
@@ -136,6 +137,7 @@ class Lineage:
         )
         if result.mode == "graph":
             self.mode = "graph"
+        self.gone = self.left(self.gone, alive)
         self.graph, self.original = restricted(self.graph, alive), self.original[alive]
 
     def preview(self, alive: Bools) -> Graph:
@@ -143,31 +145,34 @@ class Lineage:
         model = small_copy(self.graph.model, self.step(alive))
         return replace(restricted(self.graph, alive), model=model)
 
-    def sparsity(self, stats: Sequence[GroupStats]) -> Floats:
-        """s_g of the dense network: from what is left, and from what was removed, when it was.
+    def left(self, stats: Sequence[GroupStats], stays: Bools) -> list[GroupStats]:
+        """Statistics with the powers of some channels of the model; bool [channels]."""
+        pairs = zip(self.graph.groups, stats, strict=True)
+        return [entry.of(stays[group.start : group.start + group.size]) for group, entry in pairs]
+
+    def whole(self, stats: Sequence[GroupStats]) -> list[GroupStats]:
+        """Statistics of the dense network: what is left, and what was removed as it was then.
 
         What is left alone is less sparse than the whole was, and would seem to have been pruned too
-        much, the more the more it was pruned.
+        much, the more the more it was pruned; and filters would be ranked without the inputs that
+        they have lost.
         """
-        left = np.array([s.sparsity for s in stats])
-        if self.graph is self.dense:
-            return left
-        now = left * [group.size for group in self.graph.groups]
-        whole: Floats = (now + self.gone) / self._sizes()
-        return whole
+        return [entry + gone for entry, gone in zip(stats, self.gone, strict=True)]
 
-    def keep_sparsity(self, before: Floats, stats: Sequence[GroupStats]) -> None:
-        """After a cut: remember what was removed, so that `sparsity` stays as it was before."""
-        self.gone = self.gone + (before - self.sparsity(stats)) * self._sizes()
-
-    def _sizes(self) -> Floats:
-        return np.array([float(group.size) for group in self.dense.groups])
+    def remember(self, before: Sequence[GroupStats], after: Sequence[GroupStats]) -> None:
+        """After a cut: `whole` goes on to give ``before`` where it gave ``after``."""
+        parts = zip(self.gone, before, after, strict=True)
+        self.gone = [gone + (one - two) for gone, one, two in parts]
 
     # State
 
     def state_dict(self) -> dict[str, Any]:
         """For every group the dense indices that the model has, and what was removed."""
-        return {"kept": self._present(), "gone": torch.from_numpy(self.gone.copy())}
+        gone = [
+            {"power": torch.from_numpy(g.power.copy()), "sparse": g.sparse, "elements": g.elements}
+            for g in self.gone
+        ]
+        return {"kept": self._present(), "gone": gone}
 
     def _present(self) -> list[Tensor]:
         everything = np.ones(self.original.size, dtype=bool)

@@ -161,7 +161,8 @@ class Pruner:
     def _prune(self, step: int) -> None:
         """Prune step ``step``: ratios, masks, gates; then a window opens or the masks are final."""
         config = self.config
-        sparsity = self._lineage.sparsity(stats := self._measure())
+        stats = self._measure()
+        sparsity = np.array([entry.sparsity for entry in stats])
         past, ema = self._sparsity, config.sparsity_ema
         mean = sparsity if past is None else ema * past + (1 - ema) * sparsity
         mean = self._ranks.agree(mean, "sparsity ratios")
@@ -187,11 +188,11 @@ class Pruner:
         elif last:
             self._finalise()
         else:
-            self._cut()
+            self._cut(alive | self._fresh)
 
     def _measure(self) -> list[scores.GroupStats]:
         kind = (self.config.sparsity_alpha, self.config.score)
-        return scores.measure(self.graph, self.gates.weights(), *kind)
+        return self._lineage.whole(scores.measure(self.graph, self.gates.weights(), *kind))
 
     def _finalise(self) -> None:
         """The masks are final: erase the pruned channels and hold them at zero from now on."""
@@ -199,24 +200,24 @@ class Pruner:
         self.gates.saved = {}
         self.gates.erase(self._alive)
         self.gates.forget(self._alive)
-        self._cut()
+        self._cut(self._alive)
 
-    def _cut(self) -> None:
-        """If the network shrinks progressively, remove what is pruned, in place."""
-        if not self.config.progressive or self._alive.all():
+    def _cut(self, stays: Bools) -> None:
+        """If the network shrinks progressively, remove what does not stay, in place."""
+        if not self.config.progressive or stays.all():
             return
-        before, alive = self._lineage.sparsity(self._measure()), self._alive
-        self._lineage.cut(alive, self._optimizer, self._friends, check=self.config.verify)
-        self._adopt(self._bonus[alive])
-        self._lineage.keep_sparsity(before, self._measure())
+        before, saved = self._lineage.left(self._measure(), stays), self.gates.left(stays)
+        self._lineage.cut(stays, self._optimizer, self._friends, check=self.config.verify)
+        self._adopt(self._alive[stays], self._fresh[stays], self._bonus[stays])
+        self.gates.saved = saved
+        self._lineage.remember(before, self._measure())
 
-    def _adopt(self, bonus: Floats) -> None:
+    def _adopt(self, alive: Bools, fresh: Bools, bonus: Floats) -> None:
         """The model has been cut: what speaks of its channels is made anew."""
         self.graph = self._lineage.graph
         self.gates = Gates(self.graph, self._optimizer, self.gates.eps)
-        count = len(self.graph.group_of)
-        self._alive, self._fresh = np.ones(count, dtype=bool), np.zeros(count, dtype=bool)
-        self._bonus, self._window = bonus, Window(count, self.gates.device)
+        self._alive, self._fresh, self._bonus = alive, fresh, bonus
+        self._window = Window(len(alive), self.gates.device)
         sizes = [group.size for group in self.graph.groups]
         self._bounds = [b.without(n) for b, n in zip(self._bounds, sizes, strict=True)]
 
@@ -265,11 +266,11 @@ class Pruner:
         self.events.append(
             window_event(self._lineage, self._window, verdict, self._fresh, priced, **when)
         )
-        self._fresh = np.zeros_like(self._alive)
+        stays, self._fresh = self._alive | self._fresh, np.zeros_like(self._alive)
         if last:
             self._finalise()
         else:
-            self._cut()
+            self._cut(stays)
 
     # The end
 
@@ -386,9 +387,8 @@ class Pruner:
         rest, found = read_state(state, self.config, self._lineage, self._optimizer)
         if not rest.all():
             self._lineage.cut(rest, self._optimizer, self._friends, check=self.config.verify)
-            self._adopt(found.bonus)
+        self._adopt(found.alive, found.fresh, found.bonus)
         self.gates.saved = found.saved
-        self._alive, self._fresh, self._bonus = found.alive, found.fresh, found.bonus
         self._window, self._sparsity, self.events = found.window, found.sparsity, found.events
         self._factors, self._lineage.gone = found.factors, found.gone
         for name, value in found.counters.items():

@@ -18,10 +18,11 @@ from psap.config import Config, Target
 from psap.errors import ArgumentError, PsapError, PsapWarning, StateError
 from psap.events import PruneEvent, WindowEvent, event_from_json
 from psap.gates import Bools, Floats, Gates, Saved
-from psap.graph import Side
+from psap.graph import Group, Side
 from psap.lineage import Lineage
 from psap.protect import Verdict, Window
 from psap.ranks import Ranks
+from psap.scores import GroupStats
 
 Ints = schedule.Ints
 COUNTERS = ("step", "calls", "iteration", "left", "final")
@@ -37,7 +38,7 @@ class PrunerState:
     bonus: Floats
     window: Window
     factors: Floats
-    gone: Floats
+    gone: list[GroupStats]
     sparsity: Floats | None
     saved: dict[Side, Saved]
     events: list[PruneEvent | WindowEvent]
@@ -244,7 +245,7 @@ def _read(state: Mapping[str, Any], config: Config, gates: Gates) -> PrunerState
             raise StateError(f"the state is damaged: it keeps no channel of {group.name}")
     window = Window(channels, gates.device)
     window.load_state_dict(state["window"])
-    none, nothing = state["sparsity"] is None, np.zeros(len(groups))
+    none, gone = state["sparsity"] is None, state["gone"] if config.progressive else None
     return PrunerState(
         counters=counters,
         alive=alive,
@@ -252,11 +253,21 @@ def _read(state: Mapping[str, Any], config: Config, gates: Gates) -> PrunerState
         bonus=_array(state, "bonus", np.zeros(channels)),
         window=window,
         factors=_array(state, "factors", np.ones(len(groups))),
-        gone=_array(state, "gone", nothing) if config.progressive else nothing,
+        gone=[_gone(gone and gone[i], group) for i, group in enumerate(groups)],
         sparsity=None if none else _array(state, "sparsity", np.zeros(len(groups))),
         saved=gates.read_state(state["saved"], alive, empty=counters["final"]),
         events=[event_from_json(event) for event in state["events"]],
     )
+
+
+def _gone(state: Mapping[str, Any] | None, group: Group) -> GroupStats:
+    none = np.zeros((len(group.producers), group.size))
+    if state is None:
+        return GroupStats(none, 0, 0)
+    sparse, elements = state["sparse"], state["elements"]
+    if type(sparse) is not int or type(elements) is not int:
+        raise StateError(f"the state is damaged: it counts {sparse!r} of {elements!r} weights")
+    return GroupStats(_array(state, "power", none), sparse, elements)
 
 
 def _counters(counters: Mapping[str, Any], config: Config) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class RunConfig:
         protect: "gate" keeps copies of pruned filters, "price" also keeps more where gradients say
             that they are missed, "pulse" also restores those that the gradients ask for, "none"
             just removes.
-        progressive: cut the network after every prune step instead of once, so that the rest of the
+        progressive: cut the network between prune steps, too, instead of once, so that the
             training is faster.
         stream_factor: factor on the pruning ratio of residual streams.
         min_channels: no group of channels becomes smaller.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -36,6 +36,20 @@ class GroupStats:
     def sparsity(self) -> float:
         """s_g, the weight sparsity ratio of the group (equation 1)."""
         return self.sparse / self.elements if self.elements else 0.0
+
+    def __add__(self, other: GroupStats) -> GroupStats:
+        return GroupStats(
+            self.power + other.power, self.sparse + other.sparse, self.elements + other.elements
+        )
+
+    def __sub__(self, other: GroupStats) -> GroupStats:
+        return GroupStats(
+            self.power - other.power, self.sparse - other.sparse, self.elements - other.elements
+        )
+
+    def of(self, channels: NDArray[np.bool_]) -> GroupStats:
+        """The same with the powers of some channels; bool [C_g]."""
+        return replace(self, power=self.power[:, channels])
 
 
 def _rows(
