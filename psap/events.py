@@ -23,6 +23,8 @@ class PruneEvent:
         widths: channels kept per group.
         pruned: channels newly pruned per group (indices within the group).
         returned: channels of earlier steps that the ranking took back, per group.
+        gave: share of the dense network's MACs that the group's new width alone saves, all other
+            widths as they were before the step; negative where it grew.
     """
 
     step: int
@@ -36,6 +38,7 @@ class PruneEvent:
     widths: dict[str, int]
     pruned: dict[str, list[int]]
     returned: dict[str, list[int]]
+    gave: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values."""

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from psap.errors import ArgumentError, ArgumentTypeError, PsapError, StateError
+from psap.hooktime import HookTime
 
 Gather = Callable[[Sequence[str], Sequence[Tensor]], Sequence[Tensor]]
 """Takes names of parameters and a tensor of the shape of each; returns their kept parts."""
@@ -171,12 +172,12 @@ def _own_attributes(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 class _WeakHook:
     """Calls a method as long as its object lives; does not keep the object alive."""
 
-    def __init__(self, method: MethodType) -> None:
-        self.method = weakref.WeakMethod(method)
+    def __init__(self, method: MethodType, times: HookTime) -> None:
+        self.method, self.times = weakref.WeakMethod(method), times
 
     def __call__(self, *args: Any) -> Any:
         method = self.method()
-        return None if method is None else method(*args)
+        return None if method is None else self.times.hook(method, *args)
 
 
 def require_alone(optimizer: torch.optim.Optimizer) -> None:
@@ -195,7 +196,10 @@ def require_alone(optimizer: torch.optim.Optimizer) -> None:
 
 
 def attach(
-    optimizer: torch.optim.Optimizer, before: Callable[..., Any], after: Callable[..., Any]
+    optimizer: torch.optim.Optimizer,
+    before: Callable[..., Any],
+    after: Callable[..., Any],
+    times: HookTime,
 ) -> list[RemovableHandle]:
     """Let an object's methods run before and after every step, until it is deleted.
 
@@ -203,14 +207,15 @@ def attach(
         optimizer: the optimizer.
         before: bound method, a hook before the step.
         after: bound method of the same object, a hook after the step.
+        times: where their time is counted.
 
     Returns:
         Handles that remove the hooks.
     """
     assert isinstance(before, MethodType) and isinstance(after, MethodType)
     handles = [
-        optimizer.register_step_pre_hook(_WeakHook(before)),
-        optimizer.register_step_post_hook(_WeakHook(after)),
+        optimizer.register_step_pre_hook(_WeakHook(before, times)),
+        optimizer.register_step_post_hook(_WeakHook(after, times)),
     ]
     weakref.finalize(before.__self__, detach, handles).atexit = False
     return handles

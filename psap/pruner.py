@@ -16,6 +16,7 @@ from psap.errors import ArgumentTypeError, PsapError, StateError
 from psap.events import PruneEvent, WindowEvent, event_to_json
 from psap.gates import Bools, Floats, Gates
 from psap.graph import Graph, trace
+from psap.hooktime import HookTime
 from psap.latency import LatencyTable
 from psap.lineage import Lineage
 from psap.protect import Window, check_trainable
@@ -26,6 +27,7 @@ from psap.pruner_state import (
     read_state,
     require_inplace,
     require_progressive,
+    run_report,
     target_at,
     warn_due,
     warn_untrained,
@@ -113,7 +115,8 @@ class Pruner:
         self._keep_optimizer, self._checked = keep_optimizer, not keep_optimizer
         self._trained = 0  # iterations at the last call of step
         self.events: list[PruneEvent | WindowEvent] = []
-        self._hooks = optim.attach(optimizer, self._before_optimizer, self._after_optimizer)
+        hooks, self._times = (self._before_optimizer, self._after_optimizer), HookTime()
+        self._hooks = optim.attach(optimizer, *hooks, self._times)
 
     @property
     def done(self) -> bool:
@@ -153,7 +156,7 @@ class Pruner:
             try:
                 if self._left:
                     self._close_window()
-                self._prune(self._step + 1)
+                self._times.pruning(self._prune, self._step + 1)
             except PsapError:
                 self._calls -= 1  # this call pruned nothing: the next one is due
                 raise
@@ -321,8 +324,7 @@ class Pruner:
         self.close()
         mode = "graph" if self._lineage.mode == "graph" else result.mode
         result = replace(result, plan=whole, mode=mode)
-        result.report["events"] = [event_to_json(event) for event in self.events]
-        result.report["config"] = asdict(self.config)
+        result.report.update(run_report(self.events, self.config, self._times))
         return result
 
     def _catch_up(self) -> None:

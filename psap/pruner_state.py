@@ -6,7 +6,7 @@ All of a state is checked before any of it is used.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,9 +16,10 @@ import torch
 from psap import schedule
 from psap.config import Config, Target
 from psap.errors import ArgumentError, PsapError, PsapWarning, StateError
-from psap.events import PruneEvent, WindowEvent, event_from_json
+from psap.events import PruneEvent, WindowEvent, event_from_json, event_to_json
 from psap.gates import Bools, Floats, Gates, Saved
 from psap.graph import Group, Side
+from psap.hooktime import HookTime
 from psap.lineage import Lineage
 from psap.protect import Verdict, Window
 from psap.ranks import Ranks
@@ -73,6 +74,9 @@ def prune_event(lineage: Lineage, done: Pruned, **when: int) -> PruneEvent:
     graph, cost = lineage.graph, lineage.cost
     widths: Ints = np.bincount(graph.group_of[done.alive], minlength=len(graph.groups))
     after, dense = cost.cost(widths), cost.dense
+    before = (done.alive | done.pruned) & ~done.returned
+    was: Ints = np.bincount(graph.group_of[before], minlength=len(graph.groups))
+    gave = -cost.changes(was, widths)[0] / max(1, dense.macs)
     names = [g.name for g in graph.groups]
     target = done.target
     share = next(bound for bound in asdict(target).values() if bound is not None)
@@ -86,6 +90,7 @@ def prune_event(lineage: Lineage, done: Pruned, **when: int) -> PruneEvent:
         widths=dict(zip(names, widths.tolist(), strict=True)),
         pruned=by_group(lineage, done.pruned),
         returned=by_group(lineage, done.returned),
+        gave=dict(zip(names, gave.tolist(), strict=True)),
     )
 
 
@@ -120,6 +125,17 @@ def window_event(
         prices={name: float(p) for name, p in price.items() if np.isfinite(p)},
         factors={name: float(f) for name, f in factor.items()},
     )
+
+
+def run_report(
+    events: Sequence[PruneEvent | WindowEvent], config: Config, times: HookTime
+) -> dict[str, Any]:
+    """What ``Result.report`` says of a run, beside the verification."""
+    return {
+        "events": [event_to_json(event) for event in events],
+        "config": asdict(config),
+        "time": times.to_json(),
+    }
 
 
 def target_at(step: int, config: Config) -> Target:

@@ -54,19 +54,23 @@ class Measured:
 def build(
     result: Result,
     *,
-    dense: nn.Module,
-    measured: Measured,
+    dense: nn.Module | None = None,
+    measured: Measured | None = None,
     history: Sequence[Mapping[str, Any]] = (),
     title: str = "Pruned network",
     command: str = "",
     seed: int | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The record of a run.
+    """The record of a run, for `psap.report.write`.
+
+    ``report.write(record.build(result), "report.html")`` is enough after a loop of one's own;
+    whatever else is given is shown too.
 
     Args:
-        result: what `psap.Pruner.finish` returned.
-        dense: a model of the dense architecture, for the kinds of its layers.
+        result: what `psap.Pruner.finish` or `psap.apply` returned.
+        dense: a model of the dense architecture, for the kinds of its layers; by default the small
+            network says them.
         measured: accuracies, sizes, latencies.
         history: one entry per epoch with ``epoch``, ``phase``, ``train_loss``, ``val_accuracy``,
             ``macs_share``, ``lr`` and ``seconds``; what is missing is not drawn.
@@ -76,7 +80,8 @@ def build(
         config: settings to show; by default those of the pruner.
     """
     plan, events = result.plan, result.report.get("events", [])
-    return {
+    owner, measured = result.model if dense is None else dense, measured or Measured()
+    found = {
         "format": report.FORMAT,
         "version": report.VERSION,
         "title": title,
@@ -89,7 +94,7 @@ def build(
             {"name": g.name, "size": g.size, "kept": list(g.kept), "layers": list(g.layers)}
             for g in plan.groups
         ],
-        "layers": [_layer(dense, before, after) for before, after in plan.layers],
+        "layers": [_layer(owner, before, after) for before, after in plan.layers],
         "left_alone": [{"layer": k, "reason": why} for k, why in plan.left_alone.items()],
         "steps": [event for event in events if event["kind"] == "prune"],
         "windows": [event for event in events if event["kind"] == "window"],
@@ -97,7 +102,9 @@ def build(
         "compare": _compare(result, measured),
         "verification": result.report.get("verification") or {},
         "onnx": {"max_abs_difference": measured.onnx_difference},
+        "time": result.report.get("time") or {},
     }
+    return {**found, "fates": report.fates(found)}
 
 
 def environment() -> dict[str, str]:

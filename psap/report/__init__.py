@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from psap.recipe import atomic_write
+from psap.report.fates import tally
 from psap.report.page import build
 from psap.report.record import FORMAT, VERSION, read
 
-__all__ = ["FORMAT", "VERSION", "render", "write"]
+__all__ = ["FORMAT", "VERSION", "fates", "render", "write"]
 
 
 def render(record: Mapping[str, Any]) -> str:
@@ -25,6 +26,16 @@ def render(record: Mapping[str, Any]) -> str:
         ArgumentError: the record is of another format or version, or broken.
     """
     return build(read(record))
+
+
+def fates(record: Mapping[str, Any]) -> dict[str, int]:
+    """How many channels were pruned, watched and came back, and how many of those stayed.
+
+    Raises:
+        ArgumentError: the record is of another format or version, or broken.
+    """
+    found = read(record)
+    return tally(found.groups, found.steps, found.windows)
 
 
 def write(record: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 
 from psap.report import svg
-from psap.report.fates import Fate, Life, lives, restored
+from psap.report.fates import Fate, Life, lives, restored, tally
 from psap.report.record import Candidate, Group, Step, Window
 from psap.report.text import DASH, details, escape, ranges, scientific, shorten, table
 
@@ -163,6 +163,20 @@ def supervision(groups: Sequence[Group], windows: Sequence[Window]) -> str:
     return "".join(parts)
 
 
+def _came_back(counts: Mapping[str, int]) -> str:
+    """Whether protection earned anything: how many came back, and how many of those stayed."""
+    parts = [
+        f"{counts[kind]} {how}, {counts[f'{kind}_stayed']} of them are in the final network"
+        for kind, how in (
+            ("restored", "restored by supervision"),
+            ("returned", "brought back by the ranking"),
+        )
+        if counts[kind]
+    ]
+    told = "; ".join(parts) or "none came back"
+    return f"<p>{counts['pruned']} channels are gone. Of those once pruned: {told}.</p>"
+
+
 def section(groups: Sequence[Group], steps: Sequence[Step], windows: Sequence[Window]) -> str:
     """Channel map, its table, and what supervision did."""
     every = [lives(group, steps, windows) for group in groups]
@@ -175,6 +189,6 @@ def section(groups: Sequence[Group], steps: Sequence[Step], windows: Sequence[Wi
     drawing = f'<div class="maps">{"".join(maps)}</div>'
     if len(groups) > _SCROLL:
         drawing = f'<div class="tall">{drawing}</div>'
-    return (
-        _legend(every, steps) + drawing + _fate_table(groups, every) + supervision(groups, windows)
-    )
+    told = _came_back(tally(groups, steps, windows)) if steps or windows else ""
+    tables = _fate_table(groups, every) + supervision(groups, windows)
+    return _legend(every, steps) + drawing + told + tables

@@ -106,6 +106,34 @@ def lives(group: Group, steps: Sequence[Step], windows: Sequence[Window]) -> lis
     return [_life(i in group.kept, alone, events.get(i, [])) for i in range(group.size)]
 
 
+def tally(
+    groups: Sequence[Group], steps: Sequence[Step], windows: Sequence[Window]
+) -> dict[str, int]:
+    """What became of channels, in numbers; those that came back in two ways count as restored.
+
+    Returns:
+        ``pruned``: gone in the end. ``watched``: looked at in windows. ``restored``: brought back
+        by a window, and ``restored_stayed``: of them, in the final network. ``returned``: brought
+        back by the ranking, and ``returned_stayed``.
+    """
+    back = {(c.group, c.channel) for c in restored(windows)}
+    ranked = {
+        (group.name, i)
+        for group in groups
+        for step in steps
+        for i in step.returned.get(group.name, ())
+    } - back
+    kept = {(group.name, i) for group in groups for i in group.kept}
+    return {
+        "pruned": sum(group.size - len(group.kept) for group in groups),
+        "watched": round(sum(sum(v or 0 for v in w.supervised.values()) for w in windows)),
+        "restored": len(back),
+        "restored_stayed": len(back & kept),
+        "returned": len(ranked),
+        "returned_stayed": len(ranked & kept),
+    }
+
+
 def restored(windows: Sequence[Window]) -> list[Candidate]:
     """The candidates that came back, in order of time."""
     return [item for window in windows for item in window.candidates if item.restored]

@@ -13,7 +13,17 @@ from psap.errors import ArgumentError
 from psap.report import channels, compare, history, sparsity, widths
 from psap.report.record import Record, number
 from psap.report.style import SCRIPT, STYLE
-from psap.report.text import DASH, details, escape, percent, scientific, short_count, times
+from psap.report.text import (
+    DASH,
+    count,
+    details,
+    escape,
+    percent,
+    plain_number,
+    scientific,
+    short_count,
+    times,
+)
 
 _INTRO = {
     "widths": "Channels that each layer puts out. What is pale was removed, physically: the small"
@@ -27,6 +37,8 @@ _INTRO = {
     " together.",
     "history": "Accuracy, loss and cost on one time axis.",
     "comparison": "The dense network against the small one.",
+    "cost": "Wall-clock time between the first and the last optimizer step with the pruner,"
+    " evaluation included; on a GPU what the host waited for.",
     "alone": "Layers that were not pruned, and why.",
 }
 
@@ -110,6 +122,21 @@ def _verification(record: Record) -> str:
     return _facts(pairs)
 
 
+def _cost(record: Record) -> str:
+    found = record.time
+    if not found.get("training_s"):
+        return ""
+    return _facts(
+        {
+            "training": f"{plain_number(found['training_s'])} s,"
+            f" {count(found.get('optimizer_steps'))} optimizer steps",
+            "in psap's hooks": f"{plain_number(found.get('hooks_s'))} s,"
+            f" {percent(found.get('hooks_share'), 2)}",
+            "in prune steps": f"{plain_number(found.get('prune_steps_s'))} s",
+        }
+    )
+
+
 def _joined(value: object) -> str:
     if isinstance(value, list | tuple):
         return " and ".join(f"{item} mode" for item in value) or DASH
@@ -162,7 +189,7 @@ def _sections(record: Record) -> str:
         _section(
             "Sparsity sets the ratio",
             _INTRO["sparsity"],
-            sparsity.section(record.groups, record.steps),
+            sparsity.section(record.groups, record.steps, record.windows),
         )
     )
     if record.groups:
@@ -177,6 +204,7 @@ def _sections(record: Record) -> str:
             _verification(record),
         )
     )
+    parts.append(_section("What pruning cost the training", _INTRO["cost"], _cost(record)))
     parts.append(_closing(record))
     return "".join(parts)
 

@@ -56,6 +56,7 @@ class Step:
     widths: dict[str, float | None]
     pruned: dict[str, frozenset[int]]
     returned: dict[str, frozenset[int]]
+    gave: dict[str, float | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +79,8 @@ class Window:
     step: int
     supervised: dict[str, float | None]
     candidates: tuple[Candidate, ...]
+    prices: dict[str, float | None]
+    factors: dict[str, float | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +139,7 @@ class Record:
     threads: int | None
     verification: dict[str, Any]
     onnx_difference: float | None
+    time: dict[str, float | None]
 
 
 def number(value: object) -> float | None:
@@ -280,6 +284,7 @@ def _steps(record: Mapping[str, Any]) -> tuple[Step, ...]:
             widths=_per_group(entry, "widths", where),
             pruned=_per_group_indices(entry, "pruned", where),
             returned=_per_group_indices(entry, "returned", where),
+            gave=_per_group(entry, "gave", where),
         )
         for where, entry in _entries(record, "steps")
     ]
@@ -304,8 +309,10 @@ def _windows(record: Mapping[str, Any]) -> tuple[Window, ...]:
             )
             for inner, item in _entries(entry, "candidates")
         )
-        supervised = _per_group(entry, "supervised", where)
-        found.append(Window(step=step, supervised=supervised, candidates=candidates))
+        per_group = {
+            key: _per_group(entry, key, where) for key in ("supervised", "prices", "factors")
+        }
+        found.append(Window(step=step, candidates=candidates, **per_group))
     return tuple(sorted(found, key=lambda window: window.step))
 
 
@@ -386,4 +393,5 @@ def read(record: Mapping[str, Any]) -> Record:
         threads=whole(compare.get("threads")),
         verification=dict(_mapping(_optional(record, "verification", {}), "verification")),
         onnx_difference=number(onnx.get("max_abs_difference")),
+        time=_per_group(record, "time", "it"),
     )

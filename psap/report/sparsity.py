@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from psap.report import svg
-from psap.report.record import Group, Step
+from psap.report.giving import most, prices
+from psap.report.record import Group, Step, Window
 from psap.report.text import DASH, details, escape, percent, shorten, table
 
 _SMALL_MULTIPLES = 12  # groups up to which each has a picture of its own
@@ -185,10 +186,11 @@ def _step_table(groups: Sequence[Group], steps: Sequence[Step]) -> str:
     return details("All ratios as a table", table(head, rows))
 
 
-def section(groups: Sequence[Group], steps: Sequence[Step]) -> str:
-    """Picture and table of the sparsity ratios; empty if none was measured."""
+def section(groups: Sequence[Group], steps: Sequence[Step], windows: Sequence[Window] = ()) -> str:
+    """Picture and tables of the sparsity ratios, and what came of them; empty without ratios."""
     measured = followed(groups, steps)
     if not measured:
         return ""
     draw = _multiples if len(measured) <= _SMALL_MULTIPLES else _heat_map
-    return draw(measured, steps) + _step_table(measured, steps)
+    told = most(groups, steps, windows) + _step_table(measured, steps) + prices(windows)
+    return draw(measured, steps) + told
