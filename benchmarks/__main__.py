@@ -26,6 +26,7 @@ from benchmarks import (
     registry,
     roofline,
     rows,
+    speed,
     surgery,
 )
 from benchmarks import histogram as histogram
@@ -65,6 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
         "accuracy": accuracy.run,
         "surgery": surgery.run,
         "accuracy-plot": accuracy_plot.run,
+        "speed": speed.run,
         "gpu": gpu.run,
         "gpu-ready": gpu.require,
         "sanitize": gpu.sanitize,

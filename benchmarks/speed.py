@@ -1,0 +1,188 @@
+"""Forward passes of dense and pruned networks, in PyTorch and in ONNX Runtime.
+
+The networks are those of `psap.plan`, without training: latency depends on shapes, not on values.
+All networks of a share run in turn in one process, one thread, CPU time. The proof must hold, and
+ONNX Runtime must agree with PyTorch, before anything is timed.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import psap
+from benchmarks import rows, timing
+from psap.models import create
+
+Forward = Callable[[], Any]
+WAYS = ("plain", "round-8", "measured", "latency")
+NETWORKS = ("resnet20", "resnet56")
+
+
+def _dense(network: str, weights: Path | None) -> nn.Module:
+    torch.manual_seed(0)
+    model = create(network)
+    if weights is not None:
+        model.load_state_dict(load_file(weights / f"{network}.safetensors"), strict=False)
+    return model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def plans(
+    model: nn.Module, x: Tensor, keep: float, ways: tuple[str, ...]
+) -> Iterator[tuple[str, psap.Plan]]:
+    """The plans to compare; "latency" bounds the predicted time, not the MACs.
+
+    Args:
+        model: the dense network.
+        x: the batch that is timed; "measured" and "latency" time it too.
+        keep: kept share of the MACs, or of the predicted latency.
+        ways: some of `WAYS`.
+    """
+    graph, target = psap.trace(model, x), psap.Target(macs=keep)
+    for way in ways:
+        if way == "latency":
+            times = psap.measure_latency(graph)
+            bound = psap.Target(latency=keep)
+            yield way, psap.plan(graph, target=bound, latency=times)
+        elif way == "measured":
+            yield way, psap.plan(graph, target=target, round_to="measured")
+        else:
+            yield way, psap.plan(graph, target=target, round_to=8 if way == "round-8" else 1)
+
+
+def _onnx(model: psap.Result | nn.Module, x: Tensor, path: Path) -> Forward:
+    """A pass of the exported network; the export compares it with PyTorch."""
+    import onnxruntime
+
+    psap.export_onnx(model, path, x[:2])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    feed = {session.get_inputs()[0].name: x.contiguous().numpy()}
+    return lambda: session.run(None, feed)
+
+
+def _torch(model: nn.Module, x: Tensor) -> Forward:
+    model.eval()
+
+    def forward() -> Tensor:
+        with torch.inference_mode():
+            found: Tensor = model(x)
+        return found
+
+    return forward
+
+
+def compare(
+    network: str,
+    keep: float,
+    batch: int,
+    *,
+    ways: tuple[str, ...] = WAYS,
+    weights: Path | None = None,
+    repeats: int = 15,
+) -> list[dict[str, Any]]:
+    """One share of one network: a row for every runtime and way.
+
+    Raises:
+        VerificationError: a small network differs from the masked one, or ONNX from PyTorch.
+    """
+    dense = _dense(network, weights)
+    x = torch.randn(batch, 3, 32, 32).to(memory_format=torch.channels_last)
+    made = dict(plans(dense, x, keep, ways))
+    few = torch.randn(4, 3, 32, 32)  # the proof costs as much as its batch is large
+    small = {way: psap.apply(dense, plan, example_inputs=few) for way, plan in made.items()}
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        runs: dict[str, dict[str, Forward]] = {
+            "pytorch": {way: _torch(result.model, x) for way, result in small.items()},
+            "onnxruntime": {
+                way: _onnx(result, x, Path(folder) / f"{way}.onnx") for way, result in small.items()
+            },
+        }
+        runs["pytorch"]["dense"] = _torch(dense, x)
+        runs["onnxruntime"]["dense"] = _onnx(dense, x, Path(folder) / "dense.onnx")
+        for runtime, variants in runs.items():
+            times = timing.measure(variants, torch.device("cpu"), repeats=repeats)
+            for way, plan in made.items():
+                found.append(_row(network, keep, batch, runtime, way, plan, times))
+                found[-1]["relative_error"] = small[way].report["verification"][
+                    "max_relative_error"
+                ]
+                found[-1]["weights"] = "random" if weights is None else "pretrained"
+    return found
+
+
+def _row(
+    network: str,
+    keep: float,
+    batch: int,
+    runtime: str,
+    way: str,
+    plan: psap.Plan,
+    times: dict[str, timing.Times],
+) -> dict[str, Any]:
+    own, dense = times[way], times["dense"]
+    return {
+        "op": "forward",
+        "case": f"{network}, {way}",
+        "network": network,
+        "keep": keep,
+        "way": way,
+        "batch": batch,
+        "shape": f"batch {batch}, [3, 32, 32]",
+        "dtype": "float32",
+        "layout": "channels_last" if runtime == "pytorch" else "contiguous",
+        "device": "cpu",
+        "threads": 1,
+        "clock": timing.clock(torch.device("cpu"), 1),
+        "backend": runtime,
+        "bytes": None,
+        "macs_share": plan.after.macs / plan.before.macs,
+        "parameter_share": plan.after.parameters / plan.before.parameters,
+        **asdict(own),
+        "limit": None,
+        "percent_of_limit": None,
+        "baselines": {"dense": {**asdict(dense), "ratio": dense.median_ms / own.median_ms}},
+        "widths": [len(group.kept) for group in plan.groups],
+    }
+
+
+def run(
+    networks: tuple[str, ...] = NETWORKS,
+    keeps: tuple[float, ...] = (0.5, 0.3, 0.15),
+    batches: tuple[int, ...] = (1, 128),
+    ways: tuple[str, ...] = WAYS,
+    weights: Path | None = None,
+    repeats: int = 15,
+    out: Path = rows.RESULTS,
+) -> None:
+    """Time dense against pruned networks; a row for each into ``speed.jsonl``.
+
+    Args:
+        networks: CIFAR networks of `psap.models`.
+        keeps: kept shares of the MACs.
+        batches: images of a pass.
+        ways: how the widths are chosen: "plain", "round-8", "measured" (the fastest multiple of
+            channels), "latency" (a bound on the predicted latency in the place of the MACs).
+        weights: a folder with ``<network>.safetensors``; without it the weights are random.
+        repeats: timed turns of each network.
+        out: folder of the rows.
+    """
+    if unknown := set(ways) - set(WAYS):
+        raise ValueError(f"ways are {sorted(unknown)}; pass some of {', '.join(WAYS)}")
+    torch.set_num_threads(1)
+    for network in networks:
+        for keep in keeps:
+            for batch in batches:
+                for row in compare(
+                    network, keep, batch, ways=ways, weights=weights, repeats=repeats
+                ):
+                    rows.write("speed", row, out)
