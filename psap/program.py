@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
 from psap.errors import VerificationError
-from psap.graph.groups import Side
 from psap.graph.labels import Ints, plain
 from psap.graph.rules import RULES
 from psap.graph.trace import Tracer, run
@@ -27,6 +27,7 @@ from psap.graph.untouched import untouched
 from psap.openings import openings
 from psap.plans import Plan
 from psap.rewriting import Record, rewrite
+from psap.shared import together
 from psap.symbolic import traced
 
 
@@ -84,11 +85,16 @@ def program(
     cast = _cast(model, inputs)
     dense: dict[str, fx.GraphModule] = {}
     failures: list[str] = [] if notes is None else notes
-    for name, constants in openings(model, cast, lambda tracer: _alive(tracer, plan)).items():
-        try:
-            dense[name] = traced(model.get_submodule(name), constants)
-        except VerificationError as error:
-            failures.append(str(error))
+    opened = openings(model, cast, lambda tracer: _alive(tracer, plan))
+
+    def trace_all() -> None:
+        for name, constants in opened.items():
+            try:
+                dense[name] = traced(model.get_submodule(name), constants)
+            except VerificationError as error:
+                failures.append(str(error))
+
+    together(trace_all)
     records, alive = _record(model, dense, cast, plan)
     small = small_copy(model, plan)
     made = 0
@@ -200,12 +206,12 @@ def _through(model: nn.Module, recorders: Mapping[str, _Recorder]) -> Iterator[N
 def _alive(tracer: Tracer, plan: Plan) -> Ints:
     """For every label 1 if its channel stays, else 0."""
     root, _ = tracer.labels.resolve()
-    alive = torch.ones(max(1, tracer.labels.count), dtype=torch.int64).numpy()
-    kept: Mapping[Side, tuple[int, ...]] = {(s.name, s.dim): s.kept for s in plan.sides}
-    for side, labels in tracer.along.items():
-        if side in kept:
-            gone = torch.ones(labels.numel(), dtype=torch.bool)
-            gone[list(kept[side])] = False
-            alive[root[labels[gone].numpy()]] = 0
+    alive = np.ones(max(1, tracer.labels.count), dtype=np.int64)
+    for side in plan.sides:
+        labels = tracer.along.get((side.name, side.dim))
+        if labels is not None:
+            gone = np.ones(labels.numel(), dtype=bool)
+            gone[np.array(side.kept, dtype=np.int64)] = False
+            alive[root[labels.numpy()[gone]]] = 0
     result: Ints = alive[root]
     return result

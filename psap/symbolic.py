@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from psap.errors import ArgumentError, VerificationError
 from psap.graph.untouched import untouched
+from psap.shared import SharedTracer, Uncompiled
 
 
 def traced(model: nn.Module, constants: Mapping[str, Any]) -> fx.GraphModule:
@@ -50,7 +51,7 @@ def traced(model: nn.Module, constants: Mapping[str, Any]) -> fx.GraphModule:
     return dense
 
 
-class _Symbolic(fx.Tracer):
+class _Symbolic(SharedTracer):
     """Records what forward() does to buffers, instead of doing it while tracing."""
 
     proxy_buffer_attributes = True
@@ -93,7 +94,7 @@ def _symbolic(model: nn.Module, constants: Mapping[str, Any]) -> fx.GraphModule:
     if getattr(own, "__self__", None) is model:
         tracer.traced_func_name = own.__name__  # type: ignore[union-attr]
     try:
-        return fx.GraphModule(model, tracer.trace(model), type(model).__name__)
+        return Uncompiled(model, tracer.trace(model), type(model).__name__)
     finally:
         for name in set(vars(model)) - known:
             delattr(model, name)
