@@ -97,7 +97,7 @@ def train(digits: data.DataSpec, log: Log) -> tuple[nn.Module, psap.Result]:
     dense = train_on(model, optimizer, digits, log)
 
     example, _ = next(iter(digits.test))
-    config = psap.Config(target=psap.Target(macs=0.25), prune_steps=5, protect="pulse")
+    config = psap.Config(target=psap.Target(macs=0.25), prune_steps=5)
     pruner = psap.Pruner(model, example, optimizer=optimizer, config=config)
     fit(model, optimizer, digits, log, phase="prune", epochs=PRUNE, lr=PRUNE_LR, pruner=pruner)
     result = pruner.finish()
