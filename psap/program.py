@@ -85,7 +85,7 @@ def program(
     cast = _cast(model, inputs)
     dense: dict[str, fx.GraphModule] = {}
     failures: list[str] = [] if notes is None else notes
-    opened = openings(model, cast, lambda tracer: _alive(tracer, plan))
+    opened = openings(model, plan, cast, lambda tracer: _alive(tracer, plan))
 
     def trace_all() -> None:
         for name, constants in opened.items():

@@ -12,8 +12,9 @@ import numpy as np
 from torch import Tensor, nn
 
 from psap.errors import TraceError
+from psap.graph.alike import NDArrayBool, gather, runs
 from psap.graph.inputs import as_inputs, check_model
-from psap.graph.labels import Ints
+from psap.graph.labels import Ints, plain
 from psap.graph.rules import RULES
 from psap.graph.trace import Call, Tracer, run
 from psap.graph.untouched import untouched
@@ -67,6 +68,9 @@ class Graph:
         affine: names of all affine parameters of batch norms.
         left_alone: the reason for every layer whose outputs cannot be pruned.
         counted: groups whose channels a norm or a mean counts: only graph mode can prune them.
+        sizes: channels that calls with sizes touch, by the module in whose forward() they are; -1
+            for those that are fixed.
+        given: plain arguments that these modules were called with.
         unknown_ops: ATen ops that no rule covers, with how often they were met.
     """
 
@@ -83,6 +87,8 @@ class Graph:
     affine: frozenset[str]
     left_alone: Mapping[str, str]
     counted: frozenset[int]
+    sizes: Mapping[str, Ints] = field(repr=False)
+    given: Mapping[str, Mapping[str, Any]] = field(repr=False)
     unknown_ops: Mapping[str, int]
     group_of: Ints = field(repr=False)
 
@@ -123,7 +129,7 @@ def trace(model: nn.Module, example_inputs: Any, *, gated: bool = False) -> Grap
         run(tracer, model, inputs, training=False)
         if any(name not in tracer.reached for name in tracer.parameters):
             tracer.counting = False
-            _run_auxiliary(tracer, model, inputs)
+            run_auxiliary(tracer, model, inputs)
     return build(model, inputs, tracer)
 
 
@@ -139,7 +145,7 @@ def no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _run_auxiliary(tracer: Tracer, model: nn.Module, inputs: tuple[Any, ...]) -> None:
+def run_auxiliary(tracer: Tracer, model: nn.Module, inputs: tuple[Any, ...]) -> None:
     """Parameters that evaluation does not reach may belong to heads of train mode."""
     try:
         run(tracer, model, inputs, training=True)
@@ -166,7 +172,7 @@ def build(model: nn.Module, inputs: tuple[Any, ...], tracer: Tracer) -> Graph:
     _respect_frozen(tracer, roots, frozen)
     weights = {call.weight for call in tracer.calls} & set(tracer.parameters)  # no fixed filters
     alive = _prunable(roots, tracer.roles, weights, frozen, tracer.labels.count)
-    channel, sizes, shared = _group(vectors, alive)
+    channel, sizes, shared = gather(vectors, alive)
     groups = _named(sizes, shared, at, tracer.roles, weights, owners)
     found = [channel[components] for components in vectors]
     channels = {side: found[number] for side, number in at.items()}
@@ -187,6 +193,8 @@ def build(model: nn.Module, inputs: tuple[Any, ...], tracer: Tracer) -> Graph:
         affine=frozenset(tracer.affine),
         left_alone=_reasons(pruned, roots, frozen, weights, owners, tracer),
         counted=_counted(channel[root], group_of, tracer),
+        sizes={n: runs(channel[root[labels]])[0] for n, labels in met(tracer).items()},
+        given=dict(tracer.sizes.given),
         unknown_ops=dict(tracer.unknown),
         group_of=group_of.astype(np.int64),
     )
@@ -207,8 +215,24 @@ def _vectors(along: Mapping[Side, Tensor], root: Ints) -> tuple[list[Ints], dict
 
 def _counted(channel: Ints, group_of: Ints, tracer: Tracer) -> frozenset[int]:
     """The groups of the labels that something counts."""
-    found = [channel[labels.reshape(-1).numpy()] for _, labels in tracer.counted]
-    return frozenset(int(group_of[c]) for part in found for c in np.unique(part) if c >= 0)
+    found = [channel[labels.reshape(-1).numpy()] for labels in tracer.counted]
+    return frozenset(int(group_of[c]) for part in found for c in runs(part)[0] if c >= 0)
+
+
+def met(tracer: Tracer) -> dict[str, Ints]:
+    """By module the labels that calls with sizes in its forward() touch, or a norm in it counts."""
+    sizes = tracer.sizes
+    found = {name: list(labels.values()) for name, labels in sizes.found.items()}
+    for name in sizes.fixed:  # a size that is read off a tensor which shrinks may be for another
+        found.setdefault(name, []).extend(sizes.read.get(name, {}).values())
+    for name, parameter in sizes.named:
+        sides = [labels for (owner, _), labels in tracer.along.items() if owner == parameter]
+        found.setdefault(name, []).extend(sides)
+    return {
+        name: np.concatenate([plain(x).reshape(-1).numpy() for x in labels])
+        for name, labels in found.items()
+        if labels
+    }
 
 
 def _respect_frozen(tracer: Tracer, roots: Mapping[Side, Ints], frozen: dict[int, str]) -> None:
@@ -216,7 +240,7 @@ def _respect_frozen(tracer: Tracer, roots: Mapping[Side, Ints], frozen: dict[int
     still = {name for name, p in tracer.parameters.items() if not p.requires_grad}
     for (name, _), components in roots.items():
         if name in still:
-            for component in np.unique(components).tolist():
+            for component in runs(components)[0].tolist():
                 frozen.setdefault(component, f"{name} is frozen (requires_grad is False)")
 
 
@@ -239,91 +263,6 @@ def _prunable(
     if frozen:
         alive[np.fromiter(frozen, dtype=np.int64)] = False
     return alive
-
-
-NDArrayBool = np.ndarray[Any, np.dtype[np.bool_]]
-
-
-@dataclass(frozen=True)
-class _Places:
-    """Which component occurs how often in which vector; sorted by vector, then by component."""
-
-    vector: Ints
-    component: Ints
-    count: Ints
-
-    @staticmethod
-    def of(vectors: list[Ints], components: int) -> _Places:
-        sizes = [found.size for found in vectors]
-        flat = np.concatenate([*vectors, np.empty(0, dtype=np.int64)])
-        keys = np.repeat(np.arange(len(sizes)), sizes) * max(1, components) + flat
-        unique, count = _runs(keys)
-        return _Places(unique // max(1, components), unique % max(1, components), count)
-
-
-def _runs(keys: Ints) -> tuple[Ints, Ints]:
-    """Distinct values, ascending, and how often each occurs; quick if they are nearly sorted."""
-    keys = np.sort(keys, kind="stable")
-    starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]])[: keys.size])
-    return keys[starts], np.diff(np.append(starts, keys.size))
-
-
-def _group(vectors: list[Ints], alive: NDArrayBool) -> tuple[Ints, list[int], list[dict[int, int]]]:
-    """Gather components that occur in the same places; number their channels group after group.
-
-    Returns:
-        For every component its channel or -1, the number of channels of every group, and how often
-        one of them occurs in each vector.
-    """
-    places = _Places.of(vectors, alive.size)
-    signature = np.zeros(alive.size, dtype=np.uint64)
-    np.add.at(signature, places.component, _mix(places.vector, places.count))
-    chosen = np.flatnonzero(alive)
-    chosen = chosen[np.argsort(_first(places, alive.size)[chosen], kind="stable")]
-    channel = np.full(alive.size, -1, dtype=np.int64)
-    members: dict[int, list[int]] = {}
-    for component, mixed in zip(chosen.tolist(), signature[chosen].tolist(), strict=True):
-        members.setdefault(mixed, []).append(component)
-    in_group = np.full(alive.size, -1, dtype=np.int64)
-    start = 0
-    for number, found in enumerate(members.values()):
-        channel[found] = np.arange(start, start + len(found))
-        in_group[found] = number
-        start += len(found)
-    sizes = [len(found) for found in members.values()]
-    return channel, sizes, _shared(places, in_group, sizes)
-
-
-def _first(places: _Places, components: int) -> Ints:
-    """Where each component occurs first, counted through all vectors."""
-    first = np.full(components, places.component.size)
-    np.minimum.at(first, places.component, np.arange(places.component.size))
-    return first
-
-
-def _mix(vector: Ints, counts: Ints) -> np.ndarray[Any, np.dtype[np.uint64]]:
-    """A fixed 64-bit hash of (vector, count), to be added over the vectors of a component."""
-    with np.errstate(over="ignore"):
-        x = (vector.astype(np.uint64) + np.uint64(1)) << np.uint64(32)
-        x = x + counts.astype(np.uint64)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        mixed: np.ndarray[Any, np.dtype[np.uint64]] = x ^ (x >> np.uint64(31))
-        return mixed
-
-
-def _shared(places: _Places, in_group: Ints, sizes: list[int]) -> list[dict[int, int]]:
-    """For every group how often a channel of it occurs in each vector."""
-    shared: list[dict[int, int]] = [{} for _ in sizes]
-    number = in_group[places.component]
-    inside = number >= 0
-    keys = places.vector[inside] * max(1, len(sizes)) + number[inside]
-    pairs, where = np.unique(keys, return_inverse=True)
-    totals = np.bincount(where, weights=places.count[inside], minlength=pairs.size).astype(int)
-    for pair, total in zip(pairs.tolist(), totals.tolist(), strict=True):
-        vector, group = divmod(pair, len(sizes))
-        shared[group][vector] = total // sizes[group]
-    return shared
 
 
 def _named(

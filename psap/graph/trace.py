@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from psap.errors import TraceError
 from psap.graph.calls import QuietMode, Schema, TensorMap, bind, schema, tensors_in
+from psap.graph.counting import Sizes, Watch
 from psap.graph.labels import TAINT, Labels, compact, plain, tainting
-from psap.graph.outputs import NoDropout
 from psap.graph.outputs import output_tensors as output_tensors
 
 Args = dict[str, Any]
@@ -86,7 +86,8 @@ class Tracer(QuietMode):
     def __init__(self, model: nn.Module, rules: Mapping[Any, Rule], *, gated: bool = False) -> None:
         super().__init__()
         self.gated = gated
-        self.counted: list[tuple[tuple[str, ...], Tensor]] = []
+        self.counted: list[Tensor] = []
+        self.sizes = Sizes()
         self.labels = Labels()
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.along: dict[tuple[str, int], Tensor] = {}
@@ -106,7 +107,7 @@ class Tracer(QuietMode):
         self._taints: dict[int, str] = {}
         self._tainting: list[tuple[Tensor, str]] = []
         self._claimed: set[str] = set()
-        self._names = {id(module): name for name, module in model.named_modules()}
+        self._names: dict[int, str] = {id(module): name for name, module in model.named_modules()}
         self.parameters = dict(model.named_parameters())
         self.buffers = dict(model.named_buffers())
         for name, tensor in (*self.parameters.items(), *self.buffers.items()):
@@ -190,7 +191,7 @@ class Tracer(QuietMode):
 
     def freeze(self, labels: Tensor, why: str) -> None:
         """Forbid that these channels are pruned, and say where it was found."""
-        inner = next(self._running(), "")
+        inner = self.inside()
         self.labels.freeze(labels, f"{why} (in {inner})" if inner else why)
 
     def taint(self, labels: Tensor, why: str) -> Tensor:
@@ -225,7 +226,12 @@ class Tracer(QuietMode):
 
     def count_channels(self, labels: Tensor) -> None:
         """Note that the module that runs divides by the number of these channels."""
-        self.counted.append((self.where(), plain(labels)))
+        self.counted.append(plain(labels))
+        frame = next(self.running(), None)
+        if frame is not None:
+            name = self.name_of(frame["self"])
+            self.sizes.touched(name, labels)
+            self.sizes.called(name, frame["self"], frame["args"], frame["kwargs"])
 
     # Who made what
 
@@ -304,16 +310,25 @@ class Tracer(QuietMode):
 
     def where(self) -> tuple[str, ...]:
         """The modules that run, outermost first."""
-        return tuple(self._running())[::-1]
+        return tuple(self.name_of(frame["self"]) for frame in self.running())[::-1]
 
-    def _running(self) -> Iterator[str]:
-        """The modules that run, innermost first: read off the stack, which costs nothing else."""
+    def inside(self) -> str:
+        """The innermost module that runs; "" for the model itself."""
+        return next((self.name_of(frame["self"]) for frame in self.running()), "")
+
+    def name_of(self, module: nn.Module) -> str:
+        """The name of a module of the model."""
+        return self._names[id(module)]
+
+    def running(self) -> Iterator[dict[str, Any]]:
+        """The calls of modules that run, innermost first: self, args and kwargs.
+
+        They are read off the stack: hooks would cost time in every call.
+        """
         frame: FrameType | None = sys._getframe(1)
         while frame is not None and frame.f_code is not run.__code__:
-            if frame.f_code is _CALL:
-                name = self._names.get(id(frame.f_locals["self"]))
-                if name is not None:
-                    yield name
+            if frame.f_code is _CALL and id(frame.f_locals["self"]) in self._names:
+                yield frame.f_locals
             frame = frame.f_back
 
 
@@ -341,7 +356,7 @@ def run(tracer: Tracer, model: nn.Module, inputs: tuple[Any, ...], training: boo
     try:
         with (
             _eager(),
-            NoDropout(steady=True),
+            Watch(tracer),
             torch.inference_mode(False),  # which turns gradients on
             torch.no_grad(),
             tracer,

@@ -1,0 +1,97 @@
+"""Which modules call with sizes that may count channels: graph mode must look into those.
+
+Everything else stays a call of the user's own module, with its smaller tensors. So control flow in
+forward(), or what it does in train mode only, is no obstacle as long as it counts no channels.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from psap.graph.outputs import NoDropout
+
+COUNTING = frozenset({
+    "view", "reshape", "unflatten", "expand", "pad", "_pad", "__getitem__", "split",
+    "split_with_sizes", "chunk", "tensor_split", "narrow", "repeat", "select", "index_select",
+})  # fmt: skip
+"""Names of calls whose arguments may count channels."""
+
+
+class Sizes:
+    """What calls with sizes touched, by the name of the module in whose forward() they are.
+
+    Attributes:
+        found: their labels, by identity, which holds while they are kept.
+        read: labels of tensors whose size was asked for.
+        fixed: modules that call with sizes that may be those of another tensor.
+        named: modules that call so with parameters, and which.
+        given: plain arguments of the first call of each of these modules.
+    """
+
+    def __init__(self) -> None:
+        self.found: dict[str, dict[int, Tensor]] = {}
+        self.read: dict[str, dict[int, Tensor]] = {}
+        self.fixed: set[str] = set()
+        self.named: set[tuple[str, str]] = set()
+        self.given: dict[str, dict[str, Any]] = {}
+
+    def touched(self, name: str, labels: Tensor) -> None:
+        """Note labels that a call with sizes touches."""
+        self.found.setdefault(name, {})[id(labels)] = labels
+
+    def called(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Note what a module was called with, as far as it is None, a switch or a name."""
+        if name in self.given:
+            return
+        bound = inspect.signature(module.forward).bind(*args, **kwargs)
+        bound.apply_defaults()
+        plain = {k: v for k, v in bound.arguments.items() if v is None or type(v) in (bool, str)}
+        self.given[name] = plain
+
+
+class Watch(NoDropout):
+    """Looks for such calls while a model runs, without dropout.
+
+    Args:
+        tracer: the `psap.graph.trace.Tracer` that follows the labels.
+    """
+
+    def __init__(self, tracer: Any) -> None:
+        super().__init__(steady=True)
+        self._tracer = tracer
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run the call and note the labels of its first argument and of its results."""
+        out = super().__torch_function__(func, types, args, kwargs)
+        name = getattr(func, "__name__", "")
+        if name in ("__get__", "size"):
+            labels = self._tracer.get(args[0])
+            if labels is not None:
+                self._tracer.sizes.read.setdefault(self._tracer.inside(), {})[id(labels)] = labels
+        elif name in COUNTING or name.startswith("conv"):
+            self._note(name, tree_leaves((args[:1], out)))
+        return out
+
+    def _note(self, name: str, tensors: list[Any]) -> None:
+        frame = next(self._tracer.running(), None)
+        module = None if frame is None else frame["self"]
+        if frame is None or (
+            name.startswith("conv") and isinstance(module, nn.modules.conv._ConvNd)
+        ):
+            return  # the groups of a convolution of its own follow
+        sizes, where = self._tracer.sizes, self._tracer.name_of(module)
+        if name in ("view", "reshape", "expand"):
+            sizes.fixed.add(where)
+        for tensor in tensors:
+            labels, view = self._tracer.get(tensor), self._tracer.view(tensor)
+            if labels is not None:
+                sizes.touched(where, labels)
+            elif view is not None:
+                sizes.named.add((where, view.name))
+        sizes.called(where, module, frame["args"], frame["kwargs"])
