@@ -136,7 +136,8 @@ def _with_constant(t: Tracer, labels: Tensor, constant: Any, product: bool, name
         offset = labels.dim() - constant.dim()
         for dim in range(constant.dim()):
             at = dim + offset
-            if constant.shape[dim] > 1 and 0 <= at < labels.dim() and labels.shape[at] > 1:
+            wide = constant.shape[dim] > 1 and constant.stride(dim) != 0  # else it is broadcast
+            if wide and 0 <= at < labels.dim() and labels.shape[at] > 1:
                 t.freeze(labels, f"{name} with data that has a fixed number of channels")
     elif not isinstance(constant, Tensor) and (product or constant == 0):
         return labels

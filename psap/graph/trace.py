@@ -299,7 +299,7 @@ class Tracer(QuietMode):
         labels = self.get(target)
         if not found.mutable or not target._is_view() or labels is None:
             return False
-        allowed = rule.__name__ in ("keeps_zero", "mul", "clamp", "restrides")
+        allowed = rule.__name__ in ("keeps_zero", "add", "mul", "clamp", "restrides")
         return not allowed or bool((labels >= TAINT).any())
 
     def keep_view(self, tensor: Tensor) -> None:
