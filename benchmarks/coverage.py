@@ -59,6 +59,21 @@ def _count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def _widths(model: nn.Module) -> dict[str, int]:
+    """How many filters every convolution and linear layer has."""
+    return {
+        name: m.weight.shape[int(getattr(m, "transposed", False))]
+        for name, m in model.named_modules()
+        if isinstance(m, nn.modules.conv._ConvNd | nn.Linear)
+    }
+
+
+def _narrowest(before: dict[str, int], after: dict[str, int]) -> tuple[str, int, int]:
+    """The layer that lost the largest share of its filters, how many it had, and has."""
+    name = min(after, key=lambda n: after[n] / before[n])
+    return name, before[name], after[name]
+
+
 def _error(model: nn.Module, plan: psap.Plan, small: nn.Module, inputs: Any) -> float:
     """The largest relative difference to the masked dense network, computed apart from psap's."""
     masked = psap.mask(model, plan).double().eval()
@@ -126,7 +141,7 @@ def _pruned(name: str, model: nn.Module, inputs: tuple[Any, ...], row: Row, *, g
 
 def _torch_pruning(name: str, model: nn.Module, inputs: tuple[Any, ...], row: Row) -> None:
     pruning = importlib.import_module("torch_pruning")
-    before = _count(model)
+    before, wide = _count(model), _widths(model)
     row["phase"] = "trace"
     row["trace_s"], pruner = _seconds(
         lambda: pruning.pruner.BasePruner(
@@ -140,6 +155,7 @@ def _torch_pruning(name: str, model: nn.Module, inputs: tuple[Any, ...], row: Ro
     row["phase"] = "step"
     row["apply_s"], _ = _seconds(pruner.step)
     row["kept_parameters"] = _count(model) / before
+    row["narrowest"] = _narrowest(wide, _widths(model))
     row["phase"] = "train"
     row["reason"] = _trains(name, model, inputs)
     row["result"] = "broken" if row["reason"] else "runs"
@@ -182,7 +198,9 @@ def _kirigami(name: str, model: nn.Module, inputs: tuple[Any, ...], row: Row) ->
             lambda: kirigami.DependencyGraph.build(model.eval(), args=inputs)
         )
         row["phase"] = "step"
+        wide = _widths(model)
         row["apply_s"], _ = _seconds(halve)
+        row["narrowest"] = _narrowest(wide, _widths(model))
     except (kirigami.KirigamiError, kirigami.UnsupportedOperation) as error:
         row |= {"result": "refused", "reason": f"{type(error).__name__}: {error}"[:1500]}
         return
