@@ -34,6 +34,8 @@ named; detectors see two small images. `python -m benchmarks coverage` makes the
   computes what it should is not known, since it removes channels from layer norms as well, which
   changes their statistics. Its time is that of building the pruner and of `step()`. Where nothing
   stands, it was not measured.
+* **kirigami**: torch-kirigami 0.2.1, likewise, told to remove half of the filters of every layer
+  that it can follow. Its time is that of building its graph, and of planning and applying.
 """
 
 
@@ -51,29 +53,60 @@ def run(source: Path = rows.RESULTS / "coverage.jsonl", *, out: Path = OUT) -> N
     names = list(dict.fromkeys(name for name, _ in table))
     ours = {name: table[name, "psap"] for name in names if (name, "psap") in table}
     theirs = {n: table[n, "torch-pruning"] for n in names if (n, "torch-pruning") in table}
-    parts = [INTRO, _summary(ours, theirs), _lines(ours, theirs), _reasons(ours)]
+    kirigami = {n: table[n, "torch-kirigami"] for n in names if (n, "torch-kirigami") in table}
+    parts = [
+        INTRO,
+        _summary(ours, theirs, kirigami),
+        _lines(ours, theirs, kirigami),
+        _reasons(ours),
+    ]
     out.write_text("\n".join(part for part in parts if part) + "\n")
     print(f"{out}: {len(ours)} models")
 
 
-def _summary(ours: dict[str, Row], theirs: dict[str, Row]) -> str:
+def _summary(ours: dict[str, Row], theirs: dict[str, Row], kirigami: dict[str, Row]) -> str:
     lines = []
     for library in ("torchvision", "timm"):
-        found = {n: r for n, r in ours.items() if n.startswith(library)}
-        peers = {n: r for n, r in theirs.items() if n.startswith(library)}
-        lines.append(f"* {library}: psap {_counts(found)}; Torch-Pruning {_counts(peers)}.")
+        found = [
+            f"{name} {_counts({n: r for n, r in rows.items() if n.startswith(library)})}"
+            for name, rows in (("psap", ours), ("Torch-Pruning", theirs), ("kirigami", kirigami))
+        ]
+        lines.append(f"* {library}: {'; '.join(found)}.")
     both = [n for n in ours if _kept(ours[n]) and theirs.get(n, {}).get("result") == "runs"]
-    more = [n for n in both if ours[n]["kept_parameters"] > theirs[n]["kept_parameters"] + 5e-4]
+    more = [
+        n + _narrowest(theirs[n])
+        for n in both
+        if ours[n]["kept_parameters"] > theirs[n]["kept_parameters"] + 5e-4
+    ]
+    late = [n for n in both if _step(ours[n]) > _step(theirs[n])]
     slow = [n for n, r in ours.items() if "trace_s" in r and r["trace_s"] > _allowed(r)]
     lines.append(
         f"* Of {len(both)} models that both handle, psap keeps more parameters of {len(more)}"
         + (f": {', '.join(more)}." if more else ".")
     )
     lines.append(
+        f"* `plan` and `apply` without the proof take longer than its pruner on {len(late)} of these"
+        + (f": {', '.join(late)}." if late else ".")
+    )
+    lines.append(
         f"* `trace` takes longer than three forward passes and than 0.2 s on {len(slow)} models"
         + (f": {', '.join(slow)}." if slow else ".")
     )
     return "\n".join(lines) + "\n"
+
+
+def _narrowest(row: Row) -> str:
+    """What a peer left of a layer, if that is far less than the half that it was asked for."""
+    layer, before, after = row.get("narrowest", ("", 2, 1))
+    if after >= 0.4 * before:
+        return ""
+    return f" (where it leaves {after} of {before} filters of {layer}, though asked for half)"
+
+
+def _step(row: Row) -> float:
+    """Seconds of making the small network: plan and apply, or building a pruner and its step."""
+    first = row["plan_s"] if "plan_s" in row else row["trace_s"]
+    return float(first) + float(row["apply_s"])
 
 
 def _counts(found: dict[str, Row]) -> str:
@@ -89,30 +122,32 @@ def _allowed(row: Row) -> float:
     return max(3 * float(row["forward_s"]), 0.2)
 
 
-def _lines(ours: dict[str, Row], theirs: dict[str, Row]) -> str:
+def _lines(ours: dict[str, Row], theirs: dict[str, Row], kirigami: dict[str, Row]) -> str:
     lines = [
         "| model | result | mode | groups | kept | error | forward s | trace s | plan, apply s "
-        "| proof s | Torch-Pruning | kept | s |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| proof s | Torch-Pruning | kept | s | kirigami | kept | s |",
+        "|" + "---|" * 16,
     ]
     for name, row in ours.items():
-        peer = theirs.get(name, {})
-        apply_s = row["plan_s"] + row["apply_s"] if "apply_s" in row else None
-        step_s = peer["trace_s"] + peer["apply_s"] if "apply_s" in peer else None
         mode = f"{row.get('mode', '')}{', gated' if row.get('gated') else ''}"
         mode += f", {row['size']} px" if row.get("size") else ""
         cells = [
             name, row["result"], mode, str(row.get("groups", "")), _percent(row),
             f"{row['error']:.0e}" if "error" in row else "", _seconds(row.get("forward_s")),
-            _seconds(row.get("trace_s")), _seconds(apply_s), _seconds(row.get("proof_s")),
-            peer.get("result", ""), _percent(peer), _seconds(step_s),
+            _seconds(row.get("trace_s")), _total(row), _seconds(row.get("proof_s")),
         ]  # fmt: skip
+        for peer in (theirs.get(name, {}), kirigami.get(name, {})):
+            cells += [peer.get("result", ""), _percent(peer), _total(peer)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def _percent(row: Row) -> str:
     return f"{100 * row['kept_parameters']:.1f} %" if "kept_parameters" in row else ""
+
+
+def _total(row: Row) -> str:
+    return _seconds(_step(row)) if "apply_s" in row else ""
 
 
 def _seconds(value: float | None) -> str:

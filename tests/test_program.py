@@ -316,3 +316,39 @@ def test_a_forward_that_the_constructor_has_chosen() -> None:
     result = psap.apply(model, plan)
     assert result.mode == "graph"
     assert_exact(model, plan, result.model, (image(),))
+
+
+class _Fixed(nn.Module):
+    """A residual block with a size in its forward()."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = conv(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.relu(self.one(x).view(-1, 8, 64)).view(-1, 8, 8, 8)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_many_blocks_cost_one_pass_and_one_change_of_torch(
+    stored: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = randomise(nn.Sequential(conv(3, 8), *(_Fixed() for _ in range(5)), head(8)))
+    plan = psap.plan(psap.trace(model, image()), ratio=0.5)
+    passes: list[nn.Module] = []
+    model[0].register_forward_hook(lambda m, x, y: passes.append(m))
+    changes: list[Any] = []
+    patch = torch.fx._symbolic_trace._Patcher.patch_method
+
+    def counted(self: Any, cls: type, name: str, *rest: Any, **options: Any) -> None:
+        changes.append(name)
+        patch(self, cls, name, *rest, **options)
+
+    monkeypatch.setattr(torch.fx._symbolic_trace._Patcher, "patch_method", counted)
+    if stored:
+        plan = psap.Plan.from_json(plan.to_json())
+    small = psap.apply(model, plan, example_inputs=image(), mode="graph", check=False).model
+    assert sum(isinstance(m, torch.fx.GraphModule) for m in small.modules()) == 5
+    assert changes == ["__getattr__", "__call__"]
+    assert len(passes) == (2 if stored else 1)  # a plan with its graph knows what counts channels
+    assert_exact(model, plan, small, (image(),))

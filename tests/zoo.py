@@ -23,6 +23,7 @@ from zoo_blocks import (
     global_response_norm,
     grouped_transposed,
     half_width,
+    in_place_sum_on_slice,
     mean_gate,
     parametrised,
     root_mean_square,
@@ -32,6 +33,7 @@ from zoo_blocks import (
     sorted_outputs,
     split_attention,
     standard_filters,
+    unit_vectors,
 )
 from zoo_nets import (
     attention,
@@ -168,6 +170,15 @@ CASES: dict[str, Case] = {
     "in place on a view": _case(in_place_view, stem=8, one=8, last=6, graph=1),
     "in place, add on a view": _case(in_place_add_on_view, stem=8, one=4, last=6),
     "in place, clamp on a view": _case(in_place_clamp_on_view, stem=8, one=4, last=6),
+    "in place, a sum on a slice": _case(
+        lambda: in_place_sum_on_slice(False), stem=4, stem__2=4, last=6
+    ),
+    "in place, a gate on a slice": _case(
+        lambda: in_place_sum_on_slice(True),
+        last=6,
+        alone=dict.fromkeys(("stem", "one", "two"), "lost in aten.add_"),
+    ),
+    "unit vectors": _case(unit_vectors, stem=8, one=10, last=6),
     "cat with a constant": _case(cat_constant, stem=8, last=6, alone={"grid": "used by aten.exp"}),
     "one channel multiplied": _case(one_channel, stem=8, last=6, alone={"gate": "spreads it over"}),
     "one channel added": _case(

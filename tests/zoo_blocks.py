@@ -238,3 +238,19 @@ def sorted_outputs() -> nn.Module:
         return torch.cat([scores, order.to(scores.dtype)], 1)
 
     return Net(forward, stem=conv(3, 8), head=head(8))
+
+
+def in_place_sum_on_slice(gate: bool) -> nn.Module:
+    """A shortcut that is added into a slice of a concatenation (GhostNet); or one that is open."""
+
+    def body(m: Any, x: Tensor) -> Tensor:
+        out = torch.cat([m.one(x), m.two(x)], 1)[:, :8]
+        out += torch.sigmoid(x) if gate else x
+        return out
+
+    return block(8, body, one=conv(8, 4), two=conv(8, 4))
+
+
+def unit_vectors() -> nn.Module:
+    """Channels over their norm, which is the same for all of them."""
+    return block(8, lambda m, x: F.normalize(m.one(x), dim=1), one=conv(8, 10), last=conv(10, 6))

@@ -16,6 +16,8 @@ from zoo import CASES
 
 import psap
 from psap.graph.labels import TAINT, Labels, compact, plain, tainted
+from psap.graph.rules import RULES
+from psap.graph.trace import Tracer, run
 
 
 @given(st.integers(1, 40), st.data())
@@ -171,3 +173,11 @@ def test_a_deep_network_takes_linear_time() -> None:
         assert len(graph.groups) == depth - 1
     assert seconds[1] < 12 * seconds[0]  # quadratic would be sixteen times as long
     assert np.isfinite(seconds).all()
+
+
+def test_most_channels_have_one_label() -> None:
+    tracer = Tracer(model := randomise(chain(8, 6)), RULES)
+    run(tracer, model, (image(),), training=False)
+    sides = 3 + 8 + 6 + 5  # what the stem reads, and what every layer gives
+    assert tracer.labels.count == sides
+    assert sum(labels.numel() for labels in tracer.along.values()) > 2 * sides

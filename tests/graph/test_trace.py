@@ -188,8 +188,12 @@ def test_a_batch_of_one_with_an_auxiliary_head() -> None:
     model.aux = nn.Sequential(  # batch norm over one value per channel needs two samples
         nn.AdaptiveAvgPool2d(1), conv(8, 4, 1), nn.BatchNorm2d(4)
     ).double()
+    passes: list[bool] = []
+    model.stem.register_forward_hook(lambda m, x, y: passes.append(m.training))
     graph = psap.trace(model, image(1, 3, 8, 8))
     assert {group.name: group.size for group in graph.groups} == {"stem": 8, "last": 6, "aux.1": 4}
+    assert passes == [False, True]  # running statistics need no second sample
+    assert torch.equal(model.aux[2].running_mean, torch.zeros(4).double())
 
 
 def test_dropout_before_an_auxiliary_head_freezes_nothing() -> None:
