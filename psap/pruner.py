@@ -22,7 +22,9 @@ from psap.lineage import Lineage
 from psap.protect import Window, check_trainable
 from psap.pruner_state import (
     COUNTERS,
+    Pace,
     Pruned,
+    check_training,
     prune_event,
     read_state,
     require_inplace,
@@ -30,7 +32,6 @@ from psap.pruner_state import (
     run_report,
     target_at,
     warn_due,
-    warn_untrained,
     window_event,
 )
 from psap.ranks import Ranks
@@ -66,6 +67,9 @@ class Pruner:
         TargetError: nothing can be pruned, or the target cannot be met.
         VerificationError: the model could not be shrunk exactly (checked with half of the
             channels, before any training is spent).
+
+    Warns:
+        PsapWarning: layers would be pruned that the optimizer does not train.
     """
 
     def __init__(
@@ -90,8 +94,7 @@ class Pruner:
         self.config = config
         self._ranks = Ranks(model)
         self.graph: Graph = trace(model, example_inputs, gated=True)
-        optim.check_optimizer(optimizer, self.graph.model)
-        optim.require_alone(optimizer)
+        check_training(optimizer, friends, self.graph)
         self._lineage = Lineage(self.graph, latency)
         self.cost = self._lineage.cost
         self._bounds = selection.bounds(self.graph, config)
@@ -113,9 +116,9 @@ class Pruner:
         self._left = 0
         self._final = self._finished = self._closed = False
         self._keep_optimizer, self._checked = keep_optimizer, not keep_optimizer
-        self._trained = 0  # iterations at the last call of step
+        self._pace = Pace()
         self.events: list[PruneEvent | WindowEvent] = []
-        hooks, self._times = (self._before_optimizer, self._after_optimizer), HookTime()
+        self._times, hooks = HookTime(), (self._before_optimizer, self._after_optimizer)
         self._hooks = optim.attach(optimizer, *hooks, self._times)
 
     @property
@@ -138,7 +141,7 @@ class Pruner:
                 nothing was pruned.
 
         Warns:
-            PsapWarning: the optimizer made no step since the last call.
+            PsapWarning: it is called too often for the network to train in between.
         """
         if self._finished:
             raise StateError("step() after finish(); train result.model on without the pruner")
@@ -146,9 +149,8 @@ class Pruner:
         if not self._checked and self._optimizer.state:
             optim.check_state(self._optimizer, self.graph.model)
             self._checked = True
-        if self._iteration == self._trained and self._step < self.config.prune_steps:
-            warn_untrained()
-        self._trained = self._iteration
+        if self._step < self.config.prune_steps:
+            self._pace.called(self._iteration)
         self._calls += 1
         since = self._calls - self.config.warmup - 1
         due = since >= 0 and since % self.config.interval == 0
@@ -395,4 +397,4 @@ class Pruner:
         self._factors, self._lineage.gone = found.factors, found.gone
         for name, value in found.counters.items():
             setattr(self, f"_{name}", value)
-        self._trained = -1  # a state may be taken after the training of an epoch, before its step
+        self._pace = Pace(None)

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from psap import schedule
+from psap import optim, schedule
 from psap.config import Config, Target
 from psap.errors import ArgumentError, PsapError, PsapWarning, StateError
 from psap.events import PruneEvent, WindowEvent, event_from_json, event_to_json
 from psap.gates import Bools, Floats, Gates, Saved
-from psap.graph import Group, Side
+from psap.graph import Graph, Group, Side
 from psap.hooktime import HookTime
 from psap.lineage import Lineage
 from psap.protect import Verdict, Window
@@ -178,14 +178,66 @@ def require_inplace(ranks: Ranks, keep_optimizer: bool) -> None:
         )
 
 
-def warn_untrained() -> None:
-    """Warn the caller of `psap.Pruner.step`."""
-    warnings.warn(
-        "step() was called, but the optimizer made no step since the last call; train between the "
-        "calls, and pass to Pruner the optimizer that trains the model",
-        PsapWarning,
-        stacklevel=3,
-    )
+class Pace:
+    """Looks at how much is trained between prune steps.
+
+    Args:
+        trained: optimizer steps at the last call of `psap.Pruner.step`; None if it is not known: a
+            state may be taken between the training of an epoch and its step.
+    """
+
+    HASTY = 3  # calls in a row with one optimizer step each: no epoch is that short
+
+    def __init__(self, trained: int | None = 0) -> None:
+        self._trained, self._hasty = trained, 0
+
+    def called(self, iteration: int) -> None:
+        """Warn the caller of `psap.Pruner.step` if it is called too often."""
+        made = None if self._trained is None else iteration - self._trained
+        self._trained, self._hasty = iteration, self._hasty + 1 if made == 1 else 0
+        if made == 0:
+            warnings.warn(
+                "step() was called, but the optimizer made no step since the last call; train "
+                "between the calls, and pass to Pruner the optimizer that trains the model",
+                PsapWarning,
+                stacklevel=3,
+            )
+        if self._hasty == self.HASTY:
+            warnings.warn(
+                f"step() was called {self.HASTY} times with one optimizer step between the calls; "
+                "call it once per epoch, not once per batch: the network must recover between two "
+                "prune steps",
+                PsapWarning,
+                stacklevel=3,
+            )
+
+
+def check_training(optimizer: torch.optim.Optimizer, friends: Sequence[Any], graph: Graph) -> None:
+    """Check what shall train a pruner's model; warn if layers are pruned that nothing trains.
+
+    Raises:
+        ArgumentTypeError: the optimizer is none.
+        ArgumentError: it trains another model.
+        StateError: another pruner works on it.
+    """
+    optim.check_optimizer(optimizer, graph.model)
+    optim.require_alone(optimizer)
+    others = [friend for friend in friends if isinstance(friend, torch.optim.Optimizer)]
+    trained = {
+        id(p) for each in (optimizer, *others) for g in each.param_groups for p in g["params"]
+    }
+    weights = dict(graph.model.named_parameters())
+    makers = dict.fromkeys(name for group in graph.groups for name in group.producers)
+    left = [name for name in makers if name in weights and id(weights[name]) not in trained]
+    if left:
+        warnings.warn(
+            f"the optimizer trains none of {len(left)} of the {len(makers)} weights that make "
+            f"prunable channels, {left[0]} for one: they are pruned, but cannot recover. Make the "
+            "optimizer from model.parameters(); or pass the other optimizer to "
+            "Pruner(friends=[...]); or freeze what shall stay with requires_grad_(False)",
+            PsapWarning,
+            stacklevel=3,
+        )
 
 
 def warn_due(due: int, steps: int) -> None:

@@ -58,7 +58,7 @@ def use_backend(name: str) -> _Restore:
         raise ValueError(f"name is {name!r}, wanted one of {', '.join(BACKENDS)}")
     missing = None
     if name in _PARTS:
-        missing, mend = _load.part(_PARTS[name]).why_missing, _load.MEND
+        missing, mend = _load.part(_PARTS[name]).why_missing, _load.mend(_PARTS[name])
     elif name == "triton":
         missing, mend = _load.triton_missing(), "pip install triton"
     if missing:

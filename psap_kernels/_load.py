@@ -66,6 +66,19 @@ def triton_op(name: str) -> Callable[..., Any] | None:
     return found
 
 
+def mend(name: str) -> str:
+    """The command that builds a part."""
+    if name != "_C_cuda":
+        return MEND
+    first = ""
+    if torch.version.cuda is None:
+        first = f"install a PyTorch that is built with CUDA (this is {torch.__version__}), then "
+    return (
+        f"{first}PSAP_CUDA=1 {MEND}; it needs nvcc too (CUDA_HOME names the CUDA toolkit), and "
+        "TORCH_CUDA_ARCH_LIST=9.0 builds for one kind of GPU only"
+    )
+
+
 def build_info() -> dict[str, Any]:
     """Tell what is compiled, where it lies, and what mends what is missing.
 
@@ -85,8 +98,9 @@ def build_info() -> dict[str, Any]:
         cuda: Any = part("_C_cuda").module
         architectures = cuda.architectures if cuda else None
         parts["_C_cuda"] = {**_facts("_C_cuda"), "architectures": architectures}
-    complete = all(facts["available"] for facts in parts.values())
-    return {"torch": torch.__version__, "parts": parts, "mend": None if complete else MEND}
+    missing = [name for name, facts in parts.items() if not facts["available"]]
+    command = mend(missing[0]) if missing else None
+    return {"torch": torch.__version__, "parts": parts, "mend": command}
 
 
 def _facts(name: str) -> dict[str, Any]:

@@ -133,3 +133,67 @@ def test_the_result_has_a_short_plan() -> None:
     model, opt, pruner = make("chain", prune_steps=1)
     train(model, opt, pruner)
     assert "plan=Plan(2 groups, MACs " in repr(pruner.finish())
+
+
+# Training that cannot work
+
+
+def pruner_of(params: Any, model: Chain, **options: Any) -> psap.Pruner:
+    opt = torch.optim.SGD(params, 0.1)
+    return psap.Pruner(model, inputs(), optimizer=opt, config=CONFIG, **options)
+
+
+def test_layers_that_nothing_trains_are_named() -> None:
+    model = Chain()
+    message = (
+        r"trains none of 2 of the 2 weights that make prunable channels, conv1\.weight for one.*"
+        r"friends=\[\.\.\.\].*requires_grad_\(False\)"
+    )
+    with pytest.warns(psap.PsapWarning, match=message) as caught:
+        pruner_of(model.head.parameters(), model)
+    assert caught[0].filename == __file__
+    with pytest.warns(psap.PsapWarning, match="trains none of 1 of the 2 weights"):
+        pruner_of([*model.conv1.parameters(), *model.head.parameters()], model)
+
+
+def test_layers_that_another_optimizer_trains_or_that_are_frozen_are_no_mistake() -> None:
+    model = Chain()
+    other = torch.optim.SGD([*model.conv1.parameters(), *model.conv2.parameters()], 0.01)
+    norms = [*model.bn1.parameters(), *model.bn2.parameters(), *model.head.parameters()]
+    pruner_of(norms, model, friends=[other])
+    model = Chain()
+    model.conv1.requires_grad_(False)
+    pruner_of([p for p in model.parameters() if p.requires_grad], model)
+
+
+def test_a_step_per_batch_is_noticed_once() -> None:
+    model, opt, pruner = make("chain", prune_steps=8)
+    with pytest.warns(psap.PsapWarning, match=r"once per epoch, not once per batch") as caught:
+        for seed in range(6):
+            backward(model, opt, seed)
+            opt.step()
+            pruner.step()
+    assert len(caught) == 1 and caught[0].filename == __file__
+
+
+def test_short_epochs_are_no_mistake() -> None:
+    model, opt, pruner = make("chain", prune_steps=6)
+    for steps in (1, 1, 2, 1, 1, 2):  # never three single steps in a row
+        for seed in range(steps):
+            backward(model, opt, seed)
+            opt.step()
+        pruner.step()
+    assert pruner.done
+    for seed in range(4):  # the masks are final: nothing is pruned any more
+        backward(model, opt, seed)
+        opt.step()
+        pruner.step()
+
+
+def test_what_a_resumed_pruner_does_not_know_is_no_mistake() -> None:
+    model, opt, pruner = make("chain", prune_steps=8)
+    for seed in range(6):  # a job that is stopped after every epoch of one step
+        backward(model, opt, seed)
+        opt.step()
+        pruner.load_state_dict(pruner.state_dict())
+        pruner.step()

@@ -138,6 +138,18 @@ def test_missing_backend_says_what_mends_it(monkeypatch):
     assert "--no-build-isolation" in info["mend"]
 
 
+@pytest.mark.parametrize("version", [None, "13.0"])
+def test_a_missing_cuda_backend_says_how_it_is_built(monkeypatch, version):
+    monkeypatch.setattr(_load, "part", lambda name: _load.Part(None, f"{name} was not built"))
+    monkeypatch.setattr(torch.version, "cuda", version)
+    wanted = r"'cuda' is missing: _C_cuda was not built.*PSAP_CUDA=1 pip install --no-build.*nvcc"
+    with pytest.raises(RuntimeError, match=wanted) as caught:
+        use_backend("cuda")
+    assert ("install a PyTorch that is built with CUDA" in str(caught.value)) == (version is None)
+    # What builds the first missing part builds the rest too.
+    assert "PSAP_CUDA" not in build_info()["mend"]
+
+
 def test_cpu_backend_refuses_other_devices(compiled):
     meta = [torch.ones(3, 2, device="meta")]
     with use_backend("cpu"), pytest.raises(ValueError, match=r"the tensors are on meta: move them"):
