@@ -8,7 +8,7 @@ ONNX Runtime must agree with PyTorch, before anything is timed.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,27 +34,24 @@ def _dense(network: str, weights: Path | None) -> nn.Module:
     return model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def plans(
-    model: nn.Module, x: Tensor, keep: float, ways: tuple[str, ...]
-) -> Iterator[tuple[str, psap.Plan]]:
-    """The plans to compare; "latency" bounds the predicted time, not the MACs.
+def plan(graph: psap.Graph, keep: float, way: str) -> psap.Plan:
+    """The plan of a way; "latency" bounds the predicted time, not the MACs.
 
     Args:
-        model: the dense network.
-        x: the batch that is timed; "measured" and "latency" time it too.
+        graph: of the dense network, traced with the batch that is timed.
         keep: kept share of the MACs, or of the predicted latency.
-        ways: some of `WAYS`.
+        way: one of `WAYS`.
+
+    Raises:
+        TargetError: the target cannot be met.
     """
-    graph, target = psap.trace(model, x), psap.Target(macs=keep)
-    for way in ways:
-        if way == "latency":
-            times = psap.measure_latency(graph)
-            bound = psap.Target(latency=keep)
-            yield way, psap.plan(graph, target=bound, latency=times)
-        elif way == "measured":
-            yield way, psap.plan(graph, target=target, round_to="measured")
-        else:
-            yield way, psap.plan(graph, target=target, round_to=8 if way == "round-8" else 1)
+    if way == "latency":
+        times = psap.measure_latency(graph)
+        return psap.plan(graph, target=psap.Target(latency=keep), latency=times)
+    target = psap.Target(macs=keep)
+    if way == "measured":
+        return psap.plan(graph, target=target, round_to="measured")
+    return psap.plan(graph, target=target, round_to=8 if way == "round-8" else 1)
 
 
 def _onnx(model: psap.Result | nn.Module, x: Tensor, path: Path) -> Forward:
@@ -96,10 +93,15 @@ def compare(
     """
     dense = _dense(network, weights)
     x = torch.randn(batch, 3, 32, 32).to(memory_format=torch.channels_last)
-    made = dict(plans(dense, x, keep, ways))
+    graph, made, found = psap.trace(dense, x), dict[str, psap.Plan](), list[dict[str, Any]]()
+    for way in ways:
+        try:
+            made[way] = plan(graph, keep, way)
+        except psap.TargetError as error:
+            shown = {"network": network, "keep": keep, "batch": batch, "way": way}
+            found.append({"case": f"{network}, {way}", **shown, "refused": str(error)})
     few = torch.randn(4, 3, 32, 32)  # the proof costs as much as its batch is large
-    small = {way: psap.apply(dense, plan, example_inputs=few) for way, plan in made.items()}
-    found = []
+    small = {way: psap.apply(dense, chosen, example_inputs=few) for way, chosen in made.items()}
     with tempfile.TemporaryDirectory() as folder:
         runs: dict[str, dict[str, Forward]] = {
             "pytorch": {way: _torch(result.model, x) for way, result in small.items()},
@@ -111,12 +113,11 @@ def compare(
         runs["onnxruntime"]["dense"] = _onnx(dense, x, Path(folder) / "dense.onnx")
         for runtime, variants in runs.items():
             times = timing.measure(variants, torch.device("cpu"), repeats=repeats)
-            for way, plan in made.items():
-                found.append(_row(network, keep, batch, runtime, way, plan, times))
-                found[-1]["relative_error"] = small[way].report["verification"][
-                    "max_relative_error"
-                ]
-                found[-1]["weights"] = "random" if weights is None else "pretrained"
+            for way, chosen in made.items():
+                row = _row(network, keep, batch, runtime, way, chosen, times)
+                proof = small[way].report["verification"]["max_relative_error"]
+                kind = "random" if weights is None else "pretrained"
+                found.append({**row, "relative_error": proof, "weights": kind})
     return found
 
 
@@ -126,7 +127,7 @@ def _row(
     batch: int,
     runtime: str,
     way: str,
-    plan: psap.Plan,
+    chosen: psap.Plan,
     times: dict[str, timing.Times],
 ) -> dict[str, Any]:
     own, dense = times[way], times["dense"]
@@ -145,13 +146,13 @@ def _row(
         "clock": timing.clock(torch.device("cpu"), 1),
         "backend": runtime,
         "bytes": None,
-        "macs_share": plan.after.macs / plan.before.macs,
-        "parameter_share": plan.after.parameters / plan.before.parameters,
+        "macs_share": chosen.after.macs / chosen.before.macs,
+        "parameter_share": chosen.after.parameters / chosen.before.parameters,
         **asdict(own),
         "limit": None,
         "percent_of_limit": None,
         "baselines": {"dense": {**asdict(dense), "ratio": dense.median_ms / own.median_ms}},
-        "widths": [len(group.kept) for group in plan.groups],
+        "widths": [len(group.kept) for group in chosen.groups],
     }
 
 
