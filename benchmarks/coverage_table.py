@@ -85,7 +85,7 @@ def _summary(ours: dict[str, Row], theirs: dict[str, Row], kirigami: dict[str, R
         + (f": {', '.join(more)}." if more else ".")
     )
     lines.append(
-        f"* `plan` and `apply` without the proof take longer than its pruner on {len(late)} of these"
+        f"* `plan` and `apply` without a proof take longer than its pruner on {len(late)} of these"
         + (f": {', '.join(late)}." if late else ".")
     )
     lines.append(

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
 from psap.errors import VerificationError
+from psap.graph.groups import no_collection
 from psap.graph.labels import Ints, plain
 from psap.graph.rules import RULES
 from psap.graph.trace import Tracer, run
@@ -57,6 +58,7 @@ class _Recorder(fx.Interpreter):
         return value
 
 
+@no_collection()
 def program(
     model: nn.Module,
     plan: Plan,

@@ -15,6 +15,7 @@ from psap import friends as friends_
 from psap import hazards, optim
 from psap.commit import commit
 from psap.errors import ArgumentError, ArgumentTypeError, VerificationError
+from psap.graph.groups import no_collection
 from psap.graph.inputs import as_inputs, check_model
 from psap.plans import Plan, fingerprint
 from psap.program import program
@@ -169,6 +170,7 @@ def zero_(model: nn.Module, plan: Plan) -> None:
     psap_kernels.zero_filters_(targets, keeps)
 
 
+@no_collection()
 def small_copy(model: nn.Module, plan: Plan) -> nn.Module:
     """A copy of the model with the plan's channels removed from every tensor.
 
