@@ -35,8 +35,12 @@ def restricted(graph: Graph, alive: Bools) -> Graph:
         alive: bool [channels].
     """
     number = np.append(np.where(alive, np.cumsum(alive) - 1, -2), -1)  # fixed positions: -1
-    channels = {side: number[found] for side, found in graph.channels.items()}
-    channels = {side: found[found != -2] for side, found in channels.items()}
+
+    def renumbered(found: Ints) -> Ints:
+        kept: Ints = number[found]
+        return kept[kept != -2]
+
+    channels = {side: renumbered(found) for side, found in graph.channels.items()}
     shapes = {
         name: tuple(
             channels[name, d].size if (name, d) in channels else n for d, n in enumerate(shape)
@@ -50,7 +54,12 @@ def restricted(graph: Graph, alive: Bools) -> Graph:
         for group, size, start in zip(graph.groups, sizes, starts, strict=True)
     )
     return replace(
-        graph, channels=channels, shapes=shapes, groups=groups, group_of=graph.group_of[alive]
+        graph,
+        channels=channels,
+        shapes=shapes,
+        groups=groups,
+        group_of=graph.group_of[alive],
+        sizes={name: renumbered(found) for name, found in graph.sizes.items()},
     )
 
 
