@@ -11,6 +11,8 @@ parameters were zero (for example after a sigmoid), so a consumer may not drop i
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -75,7 +77,7 @@ class Labels:
     def __init__(self) -> None:
         self.count = 0
         self._unions: list[tuple[Ints, Ints]] = []
-        self._frozen: list[tuple[Ints, str]] = []
+        self._frozen: dict[tuple[Any, ...], tuple[Tensor, str]] = {}
 
     def new(self, count: int) -> Tensor:
         """Make ``count`` fresh labels, int64 [count]."""
@@ -93,7 +95,9 @@ class Labels:
 
     def freeze(self, labels: Tensor, reason: str) -> None:
         """Forbid that any of these labels is pruned; the first reason given is reported."""
-        self._frozen.append((compact(labels).reshape(-1).numpy() & (TAINT - 1), reason))
+        labels = compact(labels)
+        key = (labels.data_ptr(), labels.shape, labels.stride())
+        self._frozen.setdefault(key, (labels, reason))  # which keeps the memory, so the key is one
 
     def resolve(self) -> tuple[Ints, dict[int, str]]:
         """Find the components.
@@ -109,12 +113,12 @@ class Labels:
             root = _components(root, a, b)
         frozen: dict[int, str] = {}
         if self._frozen:
-            met = np.concatenate([labels for labels, _ in self._frozen])
-            order = np.repeat(np.arange(len(self._frozen)), [x.size for x, _ in self._frozen])
-            first = np.full(self.count, len(self._frozen))
-            np.minimum.at(first, root[met], order)
-            found = np.flatnonzero(first < len(self._frozen))
-            reasons = [reason for _, reason in self._frozen]
+            reasons = [reason for _, reason in self._frozen.values()]
+            parts = [labels.reshape(-1).numpy() for labels, _ in self._frozen.values()]
+            order = np.repeat(np.arange(len(parts)), [part.size for part in parts])
+            first = np.full(self.count, len(parts))
+            np.minimum.at(first, root[np.concatenate(parts) & (TAINT - 1)], order)
+            found = np.flatnonzero(first < len(parts))
             frozen = {
                 c: reasons[n] for c, n in zip(found.tolist(), first[found].tolist(), strict=True)
             }
