@@ -30,6 +30,7 @@ METHODS: dict[str, Callable[[], Method]] = {
     "psap-prices-uniform": partial(Psap, adapt="uniform", protect="price"),
     "psap-pulse": partial(Psap, protect="pulse"),
     "psap-zero": partial(Psap, protect="none"),
+    "psap-multiples": partial(Psap, round_to=8),
     "psap-masked": partial(Psap, late=True),
     "psap-progressive": partial(Psap, progressive=True),
     "psap-foreign": soft.AdaptiveFilters,
