@@ -84,7 +84,8 @@ class CostModel:
         row = {name: i for i, name in enumerate(names)}
         rank = max(1, max(len(graph.shapes[name]) for name in names))
         gives = self._products(graph, row, rank)
-        self._prices = np.zeros((len(KINDS) - 1, 2 * len(names)))
+        self._prices = np.zeros((len(KINDS) - 1, 2 * len(names) + 1))
+        self._prices[0, -1] = 1 / graph.batch
         self._prices[1, :count] = 1
         for call in graph.calls:
             i = row[call.weight]
@@ -113,13 +114,14 @@ class CostModel:
     def _products(self, graph: Graph, row: Mapping[str, int], rank: int) -> Ints:
         """Keep the fixed part of every dimension, and where groups are in which product.
 
-        A product is a column of dimensions: first all parameters, then what layers give out.
+        A product is a column of dimensions: first all parameters, then what layers give out, and
+        last the products of activations whose channels go, as one number.
 
         Returns:
             For every parameter the dimension along which it gives channels, or -1.
         """
         count = len(row)
-        base, gives = np.ones((rank, 2 * count)), np.full(count, -1)
+        base, gives = np.ones((rank, 2 * count + 1)), np.full(count, -1)
         for name, i in row.items():
             shape = graph.shapes[name]
             base[: len(shape), i] = shape
@@ -127,21 +129,22 @@ class CostModel:
             if dims:
                 gives[i] = dims[0]
                 base[0, count + i] = shape[dims[0]]
-        entries = []
+        base[0, -1] = sum(macs * graph.groups[n].size for n, macs in graph.products.items())
+        entries = [(0, 2 * count, n, macs) for n, macs in graph.products.items()]
         for number, group in enumerate(graph.groups):
             for (name, dim), times in group.sides.items():
                 if name in row:
                     entries.append((dim, row[name], number, times))
                     if dim == gives[row[name]]:
                         entries.append((0, count + row[name], number, times))
-        self._keep(base, np.array(entries, dtype=np.int64).reshape(-1, 4), graph)
+        self._keep(base, np.array(entries, dtype=np.float64).reshape(-1, 4), graph)
         return gives
 
-    def _keep(self, base: Floats, entries: Ints, graph: Graph) -> None:
+    def _keep(self, base: Floats, entries: Floats, graph: Graph) -> None:
         sizes = np.array([group.size for group in graph.groups], dtype=np.int64)
-        axes, columns, groups, times = entries.T
+        axes, columns, groups = entries[:, :3].astype(np.int64).T
         self._at = axes * base.shape[1] + columns
-        self._groups, self._factors = groups, times.astype(np.float64)
+        self._groups, self._factors = groups, entries[:, 3]
         np.subtract.at(base.reshape(-1), self._at, self._factors * sizes[groups])
         self._base = base
         keys = groups * base.shape[1] + columns

@@ -138,7 +138,7 @@ class _Recorder(QuietMode):
     ) -> None:
         """Keep a call if its weight is a parameter or buffer, or is made from one of its shape."""
         view = self.tracer.view(weight)
-        if view is None or self.tracer.view(x) is not None:
+        if view is None or view.rows or self.tracer.view(x) is not None:
             return
         if view.dims[:2] != (0, 1) and (options or view.dims != (1, 0)):
             return

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
 from psap.errors import VerificationError
+from psap.examples import example_of, examples
 from psap.graph.groups import no_collection
 from psap.graph.labels import Ints, plain
 from psap.graph.rules import RULES
@@ -27,8 +28,9 @@ from psap.graph.trace import Tracer, run
 from psap.graph.untouched import untouched
 from psap.openings import openings
 from psap.plans import Plan
-from psap.rewriting import Record, rewrite
+from psap.rewriting import rewrite
 from psap.shared import together
+from psap.sizes import Record
 from psap.symbolic import traced
 
 
@@ -89,14 +91,7 @@ def program(
     failures: list[str] = [] if notes is None else notes
     opened = openings(model, plan, cast, lambda tracer: _alive(tracer, plan))
 
-    def trace_all() -> None:
-        for name, constants in opened.items():
-            try:
-                dense[name] = traced(model.get_submodule(name), constants)
-            except VerificationError as error:
-                failures.append(str(error))
-
-    together(trace_all)
+    dense.update(_traced(model, opened, cast, failures))
     records, alive = _record(model, dense, cast, plan)
     small = small_copy(model, plan)
     made = 0
@@ -113,6 +108,34 @@ def program(
     return small
 
 
+def _traced(
+    model: nn.Module,
+    opened: Mapping[str, Mapping[str, Any]],
+    inputs: tuple[Any, ...],
+    failures: list[str],
+) -> dict[str, fx.GraphModule]:
+    """Programs of modules; those that ask for sizes get what one more run of the model shows."""
+    dense: dict[str, fx.GraphModule] = {}
+
+    def trace_all(known: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+        errors: dict[str, str] = {}
+        for name, given in known.items():
+            try:
+                dense[name] = traced(model.get_submodule(name), given)
+            except VerificationError as error:
+                errors[name] = str(error)
+        return errors
+
+    errors = together(lambda: trace_all(opened))
+    if errors:
+        with untouched(model), examples(model) as given:
+            model.eval()
+            model(*inputs)
+        known = {name: {**opened[name], **example_of(name, given)} for name in errors}
+        failures += together(lambda: trace_all(known)).values()
+    return dense
+
+
 def _small(dense: fx.GraphModule, body: nn.Module, record: Record, alive: Ints) -> fx.GraphModule:
     """The program of one module, on the small tensors of ``body``."""
     graph = fx.Graph()
@@ -121,6 +144,11 @@ def _small(dense: fx.GraphModule, body: nn.Module, record: Record, alive: Ints) 
     for node, twin in copied.items():
         if node in record.values:
             rewrite(node, twin, record, alive)
+    if isinstance(body, nn.MultiheadAttention):
+        body._qkv_same_embed_dim = False  # nn.TransformerEncoder would call a fused kernel
+        with graph.inserting_before(next(iter(graph.nodes))):
+            for name in ("batch_first", "num_heads", "_qkv_same_embed_dim"):
+                graph.get_attr(name)  # others ask for it; only what a program uses is copied
     for name, module in dense.named_children():
         if name.startswith("psap_"):
             body.add_module(name, module.train(body.training))

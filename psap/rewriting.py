@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,78 +13,7 @@ from torch.nn import functional as F
 from psap import counted
 from psap.errors import VerificationError
 from psap.graph.labels import Ints
-from psap.graph.trace import MERGED, View
-
-Stays = list[Tensor | None]
-"""For every dimension of an activation a bool mask [size], or None if all of it stays."""
-
-
-@dataclass
-class Record:
-    """What one run of the dense program showed.
-
-    Attributes:
-        labels: channel labels of every value that has some.
-        values: shapes of tensors, and values of everything else.
-        views: which parameter a value is.
-        kept: positions of each parameter that stay, by dimension.
-        shapes: shapes of the parameters.
-        constants: tensors that the small program needs, by name.
-    """
-
-    labels: dict[fx.Node, Tensor] = field(default_factory=dict)
-    values: dict[fx.Node, Any] = field(default_factory=dict)
-    views: dict[fx.Node, View] = field(default_factory=dict)
-    kept: Mapping[str, Mapping[int, tuple[int, ...]]] = field(default_factory=dict)
-    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    constants: dict[str, Tensor] = field(default_factory=dict)
-
-    def of_parameter(self, node: fx.Node) -> Stays | None:
-        """Which positions of a parameter stay, per dimension of the value that it is."""
-        view = self.views[node]
-        kept = self.kept.get(view.name, {})
-        if not kept:
-            return None
-        masks: list[Tensor] = []
-        for dim, size in enumerate(self.shapes[view.name]):
-            mask = torch.full((size,), dim not in kept)
-            mask[list(kept.get(dim, ()))] = True
-            masks.append(mask)
-        rest = torch.ones(1, dtype=torch.bool)
-        for mask in masks[1:]:
-            rest = (rest[:, None] & mask).reshape(-1)
-        found = {-1: None, MERGED: rest, **dict(enumerate(masks))}
-        return [None if (m := found[d]) is None or bool(m.all()) else m for d in view.dims]
-
-
-def _stays(node: Any, record: Record, alive: Ints) -> Stays | None:
-    """Which positions of an activation stay, per dimension; None if nothing goes."""
-    labels = record.labels.get(node)
-    if node in record.views:
-        return record.of_parameter(node)
-    if labels is None:
-        return None
-    lives = torch.from_numpy(alive)[labels].bool()
-    if bool(lives.all()):
-        return None
-    if not bool(lives.any()) and len(record.values[node]) > 1:
-        gone = torch.zeros(record.values[node][1], dtype=torch.bool)  # a slice of what goes
-        return [gone if dim == 1 else None for dim in range(lives.dim())]
-    masks: Stays = []
-    for dim in range(lives.dim()):
-        others = [d for d in range(lives.dim()) if d != dim]
-        along = lives.amax(others) if others else lives
-        masks.append(None if along.numel() == 1 else along)
-    outer = torch.ones_like(lives)
-    for dim, mask in enumerate(masks):
-        if mask is not None:
-            outer &= mask.view([-1 if d == dim else 1 for d in range(lives.dim())])
-    if not torch.equal(outer, lives):
-        raise VerificationError(
-            f"the channels of {node.name} cannot be removed: they form no block"
-        )
-    return masks
-
+from psap.sizes import Record, Stays, in_small, numbers, stays_of
 
 COUNTS = ("layer_norm", "group_norm", "rms_norm", "batch_norm", "mean")
 """Calls that divide by a number of channels."""
@@ -152,30 +79,49 @@ def _kept_before(mask: Tensor | None, index: int) -> int:
 def rewrite(node: fx.Node, twin: fx.Node, record: Record, alive: Ints) -> None:
     """Replace the constants of one call, if it has any that count channels."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if node.op not in ("call_function", "call_method") or not node.args:
+    if node.op not in ("call_function", "call_method"):
         return
-    source = node.args[0]
+    numbers(node, twin, record, alive)
+    source = node.args[0] if node.args else node.kwargs.get("query")
     if not isinstance(source, fx.Node):
         return
     if name in ("view", "reshape", "flatten", "expand", "pad"):
-        stays = _stays(node, record, alive)
+        stays = stays_of(node, record, alive)
         if name != "pad":
             _sizes(node, twin, record, alive, stays)
         elif stays is not None:
-            _pad(twin, record.values[source], record.values[node], stays)
+            _pad(node, twin, record, alive, stays)
         return
-    before = _stays(source, record, alive)
+    before = stays_of(source, record, alive)
     if name in COUNTS and before is not None:
         _count(node, twin, record.values[source], before)
     elif node.target is operator.getitem and before is not None:
-        _slices(twin, node.args[1], record.values[source], before)
+        _slices(node, twin, record, alive, before)
     elif name in ("split", "chunk", "tensor_split") and before is not None:
         _split(node, twin, record.values[source], record.values[node], before)
     elif name.startswith("conv") and before is not None:
         _groups(twin, record.values[source], before)
         _slide(twin, record, record.values[source], before)
-    elif name == "narrow" and before is not None:
-        raise VerificationError(f"narrow at {node.name} has no rewriting rule")
+    elif node.target is F.scaled_dot_product_attention and before is not None:
+        if node.kwargs.get("scale") is None:
+            twin.kwargs = {**twin.kwargs, "scale": record.values[source][-1] ** -0.5}
+    elif name == "unflatten" and before is not None:
+        _unflatten(node, twin, record, alive)
+    elif name in ("narrow", "setitem") and before is not None:
+        raise VerificationError(f"{name} at {node.name} has no rewriting rule")
+
+
+def _unflatten(node: fx.Node, twin: fx.Node, record: Record, alive: Ints) -> None:
+    stays, shape = stays_of(node, record, alive), record.values[node]
+    dim, sizes = node.args[1], node.args[2]
+    if stays is None or not isinstance(dim, int) or not isinstance(sizes, (tuple, list)):
+        raise VerificationError(f"unflatten at {node.name} has no rewriting rule")
+    start = dim % (len(shape) - len(sizes) + 1)
+    new = [
+        n if mask is None or n == -1 else int(mask.sum())
+        for n, mask in zip(sizes, stays[start:], strict=False)
+    ]
+    twin.args = (twin.args[0], dim, tuple(new))
 
 
 def _sizes(node: fx.Node, twin: fx.Node, record: Record, alive: Ints, stays: Stays | None) -> None:
@@ -205,39 +151,8 @@ def _other(size: Any, wanted: int, record: Record, alive: Ints) -> bool:
     """Whether a size is computed from a number of channels, and comes out different."""
     if not isinstance(size, fx.Node):
         return False
-    value = _in_small(size, record, alive)
+    value = in_small(size, record, alive)
     return isinstance(value, int) and value != wanted
-
-
-def _in_small(value: Any, record: Record, alive: Ints) -> Any:
-    """What arithmetic on sizes gives in the small network; None if that is not known."""
-    if not isinstance(value, fx.Node):
-        return value
-    known = record.values.get(value)
-    sizes = isinstance(known, torch.Size)
-    source = value.args[0] if value.args else None
-    if isinstance(source, fx.Node) and isinstance(record.values.get(source), torch.Size):
-        if sizes and value.target in (getattr, "size"):  # of a tensor: x.shape or x.size()
-            return _small_shape(source, record, alive)
-        if value.target == "size" and len(value.args) == 2:
-            return _small_shape(source, record, alive)[value.args[1]]  # type: ignore[index]
-    if sizes or not isinstance(known, (int, torch.Size)) or value.op != "call_function":
-        return None
-    args = [_in_small(arg, record, alive) for arg in value.args]
-    if any(arg is None for arg in args) or value.target not in _ARITHMETIC:
-        return None
-    return value.target(*args)
-
-
-_ARITHMETIC = (
-    operator.getitem, operator.floordiv, operator.mul, operator.add, operator.sub, operator.mod,
-)  # fmt: skip
-
-
-def _small_shape(source: fx.Node, record: Record, alive: Ints) -> list[int]:
-    shape = record.values[source]
-    before = _stays(source, record, alive) or [None] * len(shape)
-    return [n if mask is None else int(mask.sum()) for n, mask in zip(shape, before, strict=True)]
 
 
 def _groups(twin: fx.Node, shape: Any, before: Stays) -> None:
@@ -269,51 +184,67 @@ def _slide(twin: fx.Node, record: Record, shape: torch.Size, before: Stays) -> N
         chosen.replace_input_with(chosen, twin)
 
 
-def _pad(twin: fx.Node, small: Any, large: Any, after: Stays) -> None:
-    rank = len(large)
-    amounts = list(twin.args[1] if len(twin.args) > 1 else twin.kwargs["pad"])  # type: ignore[arg-type]
+def _pad(node: fx.Node, twin: fx.Node, record: Record, alive: Ints, after: Stays) -> None:
+    small, large = record.values[node.args[0]], record.values[node]  # type: ignore[index]
+    given, copies = (list(n.args[1] if len(n.args) > 1 else n.kwargs["pad"]) for n in (node, twin))  # type: ignore[arg-type]
+    amounts = [record.values[v] if isinstance(v, fx.Node) else v for v in given]
     for index in range(len(amounts) // 2):
-        dim = rank - 1 - index
+        dim = len(large) - 1 - index
         mask = after[dim]
         if mask is None or large[dim] == small[dim]:
             continue
         low, high = amounts[2 * index], amounts[2 * index + 1]
-        amounts[2 * index] = _kept_before(mask, low)
-        amounts[2 * index + 1] = int(mask[large[dim] - high :].sum())
+        wanted = _kept_before(mask, low), int(mask[large[dim] - high :].sum())
+        for at, amount in zip((2 * index, 2 * index + 1), wanted, strict=True):
+            if in_small(given[at], record, alive) != amount:
+                copies[at] = amount
     if len(twin.args) > 1:
-        twin.args = (twin.args[0], tuple(amounts), *twin.args[2:])
+        twin.args = (twin.args[0], tuple(copies), *twin.args[2:])
     else:
-        twin.kwargs = {**twin.kwargs, "pad": tuple(amounts)}
+        twin.kwargs = {**twin.kwargs, "pad": tuple(copies)}
 
 
-def _slices(twin: fx.Node, index: Any, shape: Any, before: Stays) -> None:
-    items = list(index) if isinstance(index, tuple) else [index]
-    if any(item is Ellipsis or item is None for item in items):
-        rest = len(shape) - sum(item is not None and item is not Ellipsis for item in items)
-        at = items.index(Ellipsis) if Ellipsis in items else len(items)
-        if None in items:
-            raise VerificationError(f"the new dimensions at {twin.name} have no rewriting rule")
-        items[at : at + 1] = [slice(None)] * rest
+def _slices(node: fx.Node, twin: fx.Node, record: Record, alive: Ints, before: Stays) -> None:
+    index = node.args[1]
+    items, copies = (_items(n.args[1], len(before), node.name) for n in (node, twin))
     new: list[Any] = []
-    for dim, item in enumerate(items):
+    for dim, (item, copy) in enumerate(zip(items, copies, strict=True)):
         mask = before[dim] if dim < len(before) else None
-        new.append(item if mask is None else _slice(twin, item, mask, shape[dim]))
+        new.append(copy if mask is None else _slice(node, (item, copy), mask, record, alive))
     twin.args = (twin.args[0], tuple(new) if isinstance(index, tuple) else new[0])
 
 
-def _slice(twin: fx.Node, item: Any, mask: Tensor, size: int) -> Any:
+def _items(index: Any, rank: int, name: str) -> list[Any]:
+    """An index for every dimension."""
+    items = list(index) if isinstance(index, tuple) else [index]
+    if any(item is Ellipsis or item is None for item in items):
+        rest = rank - sum(item is not None and item is not Ellipsis for item in items)
+        at = items.index(Ellipsis) if Ellipsis in items else len(items)
+        if None in items:
+            raise VerificationError(f"the new dimensions at {name} have no rewriting rule")
+        items[at : at + 1] = [slice(None)] * rest
+    return items
+
+
+def _slice(node: fx.Node, both: tuple[Any, Any], mask: Tensor, record: Record, alive: Ints) -> Any:
+    (item, copy), size = both, len(mask)
     if isinstance(item, int) and bool(mask[item]):
         return _kept_before(mask, item % size)
-    if not isinstance(item, slice) or any(
-        isinstance(v, fx.Node) for v in (item.start, item.stop, item.step)
-    ):
-        raise VerificationError(f"the index at {twin.name} has no rewriting rule")
-    start, stop, step = item.indices(size)
-    if step == 1:
-        return slice(_kept_before(mask, start), _kept_before(mask, stop))
-    chosen = torch.zeros(size, dtype=torch.bool)
-    chosen[start:stop:step] = True
-    return (chosen[mask]).nonzero().flatten().tolist()
+    if not isinstance(item, slice):
+        raise VerificationError(f"the index at {node.name} has no rewriting rule")
+    ends = (item.start, item.stop, item.step)
+    dense = slice(*(record.values.get(v) if isinstance(v, fx.Node) else v for v in ends))
+    start, stop, step = dense.indices(size)
+    if step != 1:
+        chosen = torch.zeros(size, dtype=torch.bool)
+        chosen[start:stop:step] = True
+        return (chosen[mask]).nonzero().flatten().tolist()
+    wanted = slice(_kept_before(mask, start), _kept_before(mask, stop))
+    small = slice(*(in_small(v, record, alive) for v in ends))
+    counted_off = any(isinstance(v, fx.Node) for v in ends)
+    if counted_off and small.indices(int(mask.sum())) == (wanted.start, wanted.stop, 1):
+        return copy
+    return wanted
 
 
 def _split(node: fx.Node, twin: fx.Node, shape: Any, parts: Any, before: Stays) -> None:

@@ -2,42 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+import operator
+import types
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.fx import _symbolic_trace
 from torch.nn import functional as F
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from psap.errors import ArgumentError, VerificationError
 from psap.graph.untouched import untouched
+from psap.multihead import Traceable
 from psap.shared import SharedTracer, Uncompiled
 
 
-def traced(model: nn.Module, constants: Mapping[str, Any]) -> fx.GraphModule:
+def traced(model: nn.Module, given: Mapping[str, Any]) -> fx.GraphModule:
     """The module as a program that serves both modes; its children stay calls of modules.
 
     Args:
         model: the module.
-        constants: arguments such as ``mask=None``, on which forward() may branch.
+        given: arguments of a call: what is None, a switch or a name becomes a constant; of tensors
+            on the meta device and of numbers, forward() may ask sizes where it branches. Results of
+            its children under their names and "()".
 
     Raises:
         VerificationError: torch.fx cannot trace it, or it does different things in the two modes.
     """
     try:
-        with untouched(model):
-            trained = _symbolic(model.train(), constants)
-            dense = _symbolic(model.eval(), constants)
-    except Exception as error:
-        raise VerificationError(
-            f"torch.fx cannot trace {type(model).__name__}: {type(error).__name__}: {error}"
-        ) from error
-    pairs = list(zip(dense.graph.nodes, trained.graph.nodes, strict=False))
+        trained, dense = _both(model, given, through=True)
+    except Exception:  # inside of a function that is wrapped for torch.fx
+        try:
+            trained, dense = _both(model, given, through=False)
+        except Exception as error:
+            raise VerificationError(
+                f"torch.fx cannot trace {type(model).__name__}: {type(error).__name__}: {error}"
+            ) from error
     same = len(dense.graph.nodes) == len(trained.graph.nodes)
-    for node, other in pairs:
-        if same and str((node.args, node.kwargs)) != str((other.args, other.kwargs)):
-            same = _as_module(dense, node, other)
+    twins: dict[fx.Node, fx.Node] = {}
+    for node, other in zip(list(dense.graph.nodes), trained.graph.nodes, strict=False):
+        twins[other] = node
+        then = fx.map_arg((other.args, other.kwargs), lambda n: twins.get(n, n))
         same = same and (node.op, node.target) == (other.op, other.target)
+        if same and then != (node.args, node.kwargs):
+            same = _as_module(dense, node, *then) or _by_mode(dense, node, then)
     held = [dict(program.named_buffers(recurse=False)) for program in (dense, trained)]
     same = same and all(
         name in held[1] and torch.equal(value, held[1][name])
@@ -51,14 +62,39 @@ def traced(model: nn.Module, constants: Mapping[str, Any]) -> fx.GraphModule:
     return dense
 
 
+def _both(
+    model: nn.Module, given: Mapping[str, Any], *, through: bool
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """The programs of train and of evaluation mode."""
+    programs = []
+    with untouched(model):
+        for training in (True, False):
+            model.train(training)
+            programs.append(_symbolic(model, given, through))
+    return programs[0], programs[1]
+
+
+class _Proxy(fx.Proxy):
+    """A value whose positions forward() may set, and whose items it may count."""
+
+    def __len__(self) -> int:
+        return sum(1 for _ in iter(self))
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+
 class _Symbolic(SharedTracer):
     """Records what forward() does to buffers, instead of doing it while tracing."""
 
     proxy_buffer_attributes = True
 
-    def __init__(self, constants: Mapping[str, Any]) -> None:
+    def __init__(self, given: Mapping[str, Any], through: bool) -> None:
         super().__init__()
-        self._constants = constants
+        self._constants = {k: v for k, v in given.items() if v is None or type(v) in (bool, str)}
+        self._examples = {k: v for k, v in given.items() if k not in self._constants}
+        self._through = through
+        self._known: dict[fx.Node, Any] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Every child stays as it is."""
@@ -66,12 +102,79 @@ class _Symbolic(SharedTracer):
 
     def create_proxy(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> Any:
         """Pass constants themselves to forward(), and check later calls for them."""
+        if self._through and kind == "call_function" and _wrapped(target):
+            return target(*args[0], **args[1])
         proxy = super().create_proxy(kind, target, *args, **kwargs)
         if kind != "placeholder" or target not in self._constants:
             return proxy
         value = self._constants[target]
         super().create_proxy("call_function", require_same, (proxy, value, target), {})
         return value
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """A value that knows how to be set in part."""
+        return _Proxy(node, self)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Take the branch that the sizes of the example take, and check later calls for it."""
+        value = self._value(obj.node)
+        if isinstance(value, Tensor):
+            return super().to_bool(obj)
+        super().create_proxy("call_function", require_branch, (obj, bool(value)), {})
+        return bool(value)
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        """As many items as the example has; checked in later calls."""
+        value = self._value(obj.node)
+        if isinstance(value, Tensor):
+            return super().iter(obj)
+        count = value.__len__()
+        found = super().create_proxy("call_function", len, (obj,), {})
+        super().create_proxy("call_function", require_same, (found, count, "a length"), {})
+        return iter(
+            [
+                self.create_proxy("call_function", operator.getitem, (obj, at), {})
+                for at in range(count)
+            ]
+        )
+
+    def _value(self, node: fx.Node) -> Any:
+        """What a node gives for the example, tensors on the meta device."""
+        if node not in self._known:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), self._value)
+            if node.op == "placeholder":
+                value = self._examples[str(node.target)]
+            elif node.op == "call_function":
+                value = node.target(*args, **kwargs)  # type: ignore[operator]
+            elif node.op == "call_method":
+                value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            elif node.op == "call_module":
+                value = self._examples[f"{node.target}()"]
+            else:
+                tensors = [*self.root.named_parameters(), *self.root.named_buffers()]
+                value = dict(tensors)[str(node.target)].to("meta")  # getattr() would give a proxy
+            self._known[node] = value
+        return self._known[node]
+
+
+def _wrapped(target: Any) -> bool:
+    """Whether a function is one that ``torch.fx.wrap`` names."""
+    names = getattr(_symbolic_trace, "_wrapped_fns_to_patch", {})
+    own = isinstance(target, types.FunctionType)
+    return own and (id(target.__globals__), target.__name__) in names
+
+
+def require_branch(given: Any, value: bool) -> None:
+    """Refuse inputs of sizes that the program was not made for.
+
+    Raises:
+        ArgumentError: forward() would take another branch than for the example.
+    """
+    if bool(given) is not value:
+        raise ArgumentError(
+            "forward() does something else for inputs of this size than for those of "
+            "example_inputs, which the program was made for; make it again with inputs of this size"
+        )
 
 
 def require_same(given: Any, value: Any, name: str) -> None:
@@ -86,30 +189,77 @@ def require_same(given: Any, value: Any, name: str) -> None:
         )
 
 
-def _symbolic(model: nn.Module, constants: Mapping[str, Any]) -> fx.GraphModule:
+def _symbolic(model: nn.Module, given: Mapping[str, Any], through: bool) -> fx.GraphModule:
     """Trace, and take down the constants that torch.fx hangs on the model."""
-    known = set(vars(model))
-    tracer = _Symbolic(constants)
+    held = {
+        k: v for k, v in vars(model).items() if type(v) in (dict, list, set) and k[0] != "_"
+    }  # such as caches, in which forward() would leave what is none of a tensor
+    known, kind = set(vars(model)), type(model)
+    tracer = _Symbolic(given, through)
     own = vars(model).get("forward")  # a method that the constructor has chosen
     if getattr(own, "__self__", None) is model:
         tracer.traced_func_name = own.__name__  # type: ignore[union-attr]
+    if kind.forward is nn.MultiheadAttention.forward:
+        model.__class__ = Traceable
     try:
-        return Uncompiled(model, tracer.trace(model), type(model).__name__)
+        vars(model).update({key: copy.copy(value) for key, value in held.items()})
+        graph = tracer.trace(model)
+        for node in reversed(list(graph.nodes)):  # what one mode asks for, but does not use
+            if not _wrapped(node.target):
+                node.meta.pop("is_wrapped", None)  # it came from inside of such a function
+            if not node.users and (node.op == "get_attr" or node.target in _LOOKS):
+                graph.erase_node(node)
+        return Uncompiled(model, graph, kind.__name__)
     finally:
+        model.__class__ = kind
+        vars(model).update(held)
         for name in set(vars(model)) - known:
             delattr(model, name)
 
 
-def _as_module(dense: fx.GraphModule, node: fx.Node, trained: fx.Node) -> bool:
+_LOOKS = (getattr, operator.getitem)
+"""Calls that do nothing if nobody wants their result."""
+
+
+def _as_module(dense: fx.GraphModule, node: fx.Node, args: Any, kwargs: Any) -> bool:
     """Turn ``F.dropout(..., training=self.training)`` into a module that knows its mode."""
     kind = {F.dropout: nn.Dropout, F.dropout2d: nn.Dropout2d}.get(node.target)  # type: ignore[arg-type]
-    keyed = {**node.kwargs, "training": None} == {**trained.kwargs, "training": None}
-    if kind is None or not keyed or str(node.args) != str(trained.args):
+    keyed = {**node.kwargs, "training": None} == {**kwargs, "training": None}
+    if kind is None or not keyed or node.args != args:
         return False
     p = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
     name = f"psap_{node.name}"
     dense.add_submodule(name, kind(p))  # type: ignore[arg-type]
-    node.op = trained.op = "call_module"
-    node.target = trained.target = name
+    node.op, node.target = "call_module", name
     node.args, node.kwargs = node.args[:1], {}
+    return True
+
+
+class ByMode(nn.Module):
+    """A number or switch that differs between train and evaluation mode."""
+
+    def __init__(self, train: Any, evaluation: Any) -> None:
+        super().__init__()
+        self.values = evaluation, train
+
+    def forward(self) -> Any:
+        """The value of the mode that the module is in."""
+        return self.values[self.training]
+
+
+def _by_mode(dense: fx.GraphModule, node: fx.Node, trained: Any) -> bool:
+    """Let a module choose among constants that differ, such as ``training=self.training``."""
+    (leaves, spec), (others, same) = map(tree_flatten, ((node.args, node.kwargs), trained))
+    if spec != same:
+        return False
+    for at, (leaf, other) in enumerate(zip(leaves, others, strict=True)):
+        if leaf == other:
+            continue
+        if not all(type(v) in (bool, int, float) for v in (leaf, other)):
+            return False
+        name = f"psap_{node.name}_{at}"
+        dense.add_submodule(name, ByMode(other, leaf))
+        with dense.graph.inserting_before(node):
+            leaves[at] = dense.graph.call_module(name)
+    node.args, node.kwargs = tree_unflatten(leaves, spec)
     return True

@@ -218,14 +218,7 @@ CASES: dict[str, Case] = {
     "filters standardised, depthwise": _case(
         lambda: standard_filters(3, 10), stem=8, one=10, last=6, graph=1
     ),
-    "attention": _case(
-        attention,
-        last=6,
-        alone={
-            "stem": "fixed number of channels",
-            **dict.fromkeys("qkv", "a product of two activations"),
-        },
-    ),
+    "attention": _case(attention, stem=8, q=8, last=6),
     "layer norm": _case(layer_norm, stem=8, one=10, last=6, graph=1),
     "x + 1": _case(
         lambda: block(8, lambda m, x: m.one(x) + 1, one=conv(8, 8)), stem=8, one=8, last=6
@@ -283,8 +276,6 @@ CASES: dict[str, Case] = {
     "rms norm": _case(root_mean_square, stem=8, one=10, last=6, graph=1),
     "constant after each channel": _case(shifted, stem=8, one=10, last=6),
     "layer scale of fixed shape": _case(fixed_scale, stem=8, last=6, graph=1),
-    "half of the width": _case(
-        half_width, stem=8, last=6, graph=1, alone={"one": "by its position"}
-    ),
+    "half of the width": _case(half_width, stem=8, one=4, last=6, graph=1),
     "sorted outputs": Case(sorted_outputs, {"stem": 8}, {"head.2": "no rule for aten.sort"}),
 }

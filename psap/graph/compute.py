@@ -1,11 +1,13 @@
-"""Rules of convolutions, matrix products and norms: they read channels and give new ones."""
+"""Rules of convolutions, linear layers and batch norms: they read channels and give new ones."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
+from psap.graph.attention import product
 from psap.graph.common import along, channels_along, computed, first, freeze_all
 from psap.graph.labels import plain
 from psap.graph.trace import Args, Tracer, View
@@ -144,6 +146,9 @@ def _grouped_back(t: Tracer, x: Tensor, weight: Tensor, groups: int) -> Tensor |
 def _product(t: Tracer, x: Tensor, weight: Tensor, bias: Any, out: Tensor) -> None:
     """``out = x @ weight (+ bias)`` with weight [in, out] a permuted parameter."""
     view = t.view(weight)
+    if view is None and t.view(x) is None and x.dim() == 2 and bias is None:
+        product(t, x, weight, out)
+        return
     if view is None or weight.dim() != 2 or t.view(x) is not None:
         freeze_all(t, "a product of two activations", x, weight, bias)
         t.fixed_macs += out.numel() * x.shape[-1] if t.counting else 0
@@ -156,11 +161,22 @@ def _product(t: Tracer, x: Tensor, weight: Tensor, bias: Any, out: Tensor) -> No
         else:
             t.freeze(labels, "a bias of another shape than the output of linear")
     elif isinstance(bias, Tensor):
-        t.freeze(labels, "a bias that is computed in forward")
-        freeze_all(t, "added inside a matrix product", bias)
-    t.count(view.name, out.numel() / out.shape[-1], float(out.numel()))
+        _computed_bias(t, bias, labels)
+    share = labels.numel() / t.shapes[view.name][view.dims[1]]
+    t.count(view.name, share * out.numel() / out.shape[-1], float(out.numel()))
     t.made_by(out, view.name)
     t.set(out, labels)
+
+
+def _computed_bias(t: Tracer, bias: Tensor, labels: Tensor) -> None:
+    """A vector made of parameters, such as a part of one, goes with the outputs."""
+    found = t.get(bias)
+    if found is not None and found.shape == labels.shape == bias.shape:
+        t.settle(found)
+        t.labels.unite(found, labels)
+        return
+    t.freeze(labels, "a bias that is computed in forward")
+    freeze_all(t, "added inside a matrix product", bias)
 
 
 def mm(t: Tracer, a: Args, out: Tensor) -> None:
@@ -183,16 +199,9 @@ def linear(t: Tracer, a: Args, out: Tensor) -> None:
     view = t.view(weight)
     if view is not None and weight.dim() == 2:
         flipped = weight.detach().t()
-        t.set_view(flipped, View(view.name, view.dims[::-1]))
+        t.set_view(flipped, replace(view, dims=view.dims[::-1]))
         weight = flipped
     _product(t, a["input"], weight, a["bias"], out)
-
-
-def bmm(t: Tracer, a: Args, out: Tensor) -> None:
-    """A product of two activations: nothing is pruned through it, but it costs MACs."""
-    x = a["self"]
-    freeze_all(t, "a product of two activations", x, a["mat2"])
-    t.fixed_macs += out.numel() * x.shape[-1] if t.counting else 0
 
 
 def batch_norm(t: Tracer, a: Args, out: Any) -> None:

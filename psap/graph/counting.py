@@ -17,6 +17,7 @@ from psap.graph.outputs import NoDropout
 COUNTING = frozenset({
     "view", "reshape", "unflatten", "expand", "pad", "_pad", "__getitem__", "split",
     "split_with_sizes", "chunk", "tensor_split", "narrow", "repeat", "select", "index_select",
+    "multi_head_attention_forward",
 })  # fmt: skip
 """Names of calls whose arguments may count channels."""
 

@@ -133,15 +133,25 @@ def _same_rank(a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor]:
 def _with_constant(t: Tracer, labels: Tensor, constant: Any, product: bool, name: str) -> Tensor:
     """Labels after an operand that has none: a number, or data without channels."""
     if isinstance(constant, Tensor) and constant.dim():
-        offset = labels.dim() - constant.dim()
-        for dim in range(constant.dim()):
-            at = dim + offset
-            wide = constant.shape[dim] > 1 and constant.stride(dim) != 0  # else it is broadcast
-            if wide and 0 <= at < labels.dim() and labels.shape[at] > 1:
-                t.freeze(labels, f"{name} with data that has a fixed number of channels")
+        _fixed(t, labels, constant, name)
     elif not isinstance(constant, Tensor) and (product or constant == 0):
         return labels
     return labels if product else t.taint(labels, f"{name} of a constant")
+
+
+def _fixed(t: Tracer, labels: Tensor, constant: Tensor, name: str) -> None:
+    """Keep the dimensions that data without channels has, too: others may go, at all positions."""
+    head, offset = labels, labels.dim() - constant.dim()
+    for dim in range(constant.dim()):
+        wide = constant.shape[dim] > 1 and constant.stride(dim) != 0  # else it is broadcast
+        if wide and dim + offset >= 0:
+            head = head.narrow(dim + offset, 0, 1)
+    if head.numel() == labels.numel():
+        return
+    if head.numel() ** 2 >= labels.numel():  # else those of whole heads would be all that is left
+        t.labels.unite(labels, head)
+    else:
+        t.freeze(labels, f"{name} with data that has a fixed number of channels")
 
 
 def _spread(

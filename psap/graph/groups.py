@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from psap.errors import TraceError
 from psap.graph.alike import NDArrayBool, gather, runs
+from psap.graph.attending import moving_macs
 from psap.graph.inputs import as_inputs, check_model
 from psap.graph.labels import Ints, plain
 from psap.graph.rules import RULES
@@ -63,6 +64,7 @@ class Graph:
         shapes: shape of every parameter and buffer.
         calls: every use of a weight, for the cost model.
         fixed_macs: MACs of products of activations, for the whole batch.
+        products: MACs of such products for every channel of a group, for the whole batch.
         batch: size of the first dimension of the first input.
         normalised: batch norm weights that follow a convolution directly, by its weight.
         affine: names of all affine parameters of batch norms.
@@ -82,6 +84,7 @@ class Graph:
     shapes: Mapping[str, tuple[int, ...]]
     calls: tuple[Call, ...]
     fixed_macs: float
+    products: Mapping[int, float]
     batch: int
     normalised: Mapping[str, tuple[str, ...]]
     affine: frozenset[str]
@@ -130,6 +133,7 @@ def trace(model: nn.Module, example_inputs: Any, *, gated: bool = False) -> Grap
         if any(name not in tracer.reached for name in tracer.parameters):
             tracer.counting = False
             run_auxiliary(tracer, model, inputs)
+        tracer.attending.settle(tracer.labels)
     return build(model, inputs, tracer)
 
 
@@ -179,6 +183,7 @@ def build(model: nn.Module, inputs: tuple[Any, ...], tracer: Tracer) -> Graph:
     lives = [bool((ids >= 0).any()) for ids in found]
     pruned = {side for side, number in at.items() if lives[number]}
     group_of = np.repeat(np.arange(len(groups)), sizes)
+    fixed, products = moving_macs(tracer.products, channel[root], group_of, sizes)
     return Graph(
         model=model,
         inputs=inputs,
@@ -187,7 +192,8 @@ def build(model: nn.Module, inputs: tuple[Any, ...], tracer: Tracer) -> Graph:
         roles=dict(tracer.roles),
         shapes=dict(tracer.shapes),
         calls=tuple(tracer.calls),
-        fixed_macs=tracer.fixed_macs,
+        fixed_macs=tracer.fixed_macs + fixed,
+        products=products,
         batch=max(1, _batch(inputs)),
         normalised={k: tuple(sorted(v)) for k, v in tracer.normalised.items()},
         affine=frozenset(tracer.affine),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor
 
 from psap.graph.common import first, reduced, vector
 from psap.graph.labels import TAINT
-from psap.graph.trace import MERGED, Args, Rule, Tracer, View
+from psap.graph.reshaping import same_parameter
+from psap.graph.trace import Args, Rule, Tracer
+from psap.graph.weights import CUTS, rows
 
 
 def pools(t: Tracer, a: Args, out: Any) -> None:
@@ -29,70 +32,6 @@ def pools(t: Tracer, a: Args, out: Any) -> None:
             t.set(positions, t.taint(labels, "the positions of a pooling"))
 
 
-def reshapes(t: Tracer, a: Args, out: Tensor) -> None:
-    """View, reshape, flatten; a parameter keeps its identity if it only gets dimensions of 1."""
-    x = a["self"]
-    view = t.view(x)
-    if view is not None:
-        dims = _stretched(tuple(x.shape), tuple(out.shape), view.dims)
-        dims = dims or _merged(t.shapes[view.name], tuple(out.shape), view.dims)
-        if dims is not None:
-            t.set_view(out, View(view.name, dims, view.kind))
-            t.keep_view(x)
-        return
-    labels = t.get(x)
-    if labels is None:
-        return
-    if x.dim() and out.dim() and labels.shape[0] == 1 and x.shape[0] == out.shape[0]:
-        full = labels.expand(1, *x.shape[1:]).reshape(1, *out.shape[1:])  # one sample is enough
-    else:
-        full = labels.expand(x.shape).reshape(out.shape)
-    t.set(out, full)
-    after = t.get(out)
-    if after is not None and _varying(labels) > max(1, _varying(after)):
-        _block(t, labels)
-
-
-def _varying(labels: Tensor) -> int:
-    """Along how many dimensions labels change."""
-    return sum(size > 1 for size in labels.shape)
-
-
-def _block(t: Tracer, labels: Tensor) -> None:
-    """Unite labels that lie along several dimensions, except along the longest of these.
-
-    What is left of a tensor must be a block again if its dimensions are merged (channel shuffle).
-    """
-    longest = max(range(labels.dim()), key=lambda d: (labels.shape[d], d))
-    head = labels
-    for dim in range(labels.dim()):
-        head = head if dim == longest else head.narrow(dim, 0, 1)
-    t.labels.unite(labels, head)
-
-
-def _stretched(
-    old: tuple[int, ...], new: tuple[int, ...], dims: tuple[int, ...]
-) -> tuple[int, ...] | None:
-    """The dimensions of a parameter after a view that adds or drops only those of size 1."""
-    wide = [dim for size, dim in zip(old, dims, strict=True) if size != 1]
-    if [size for size in new if size != 1] != [size for size in old if size != 1]:
-        return None
-    left = iter(wide)
-    return tuple(next(left) if size != 1 else -1 for size in new)
-
-
-def _merged(
-    whole: tuple[int, ...], new: tuple[int, ...], dims: tuple[int, ...]
-) -> tuple[int, ...] | None:
-    """The dimensions of a weight after a view as rows of filters, [1, O, rest], or back."""
-    straight = tuple(range(len(whole)))
-    if MERGED in dims and new == whole:
-        return straight
-    if dims == straight and new[-2:] == (whole[0], math.prod(whole[1:])) and len(new) < 4:
-        return (*[-1] * (len(new) - 2), 0, MERGED)
-    return None
-
-
 def restrides(t: Tracer, a: Args, out: Tensor) -> None:
     """``as_strided_`` of a pooled [N, C, 1, 1] to channels_last: the same elements in place."""
     labels = t.get(a["self"])
@@ -106,9 +45,9 @@ def restrides(t: Tracer, a: Args, out: Tensor) -> None:
 
 def expands(t: Tracer, a: Args, out: Tensor) -> None:
     """Broadcasting, also to more dimensions."""
-    labels = t.full(a["self"])
+    labels = vector(t, a["self"])
     if labels is not None:
-        t.set(out, labels)
+        t.set(out, labels.expand(a["self"].shape))
 
 
 def permutes(op: Any) -> Rule:
@@ -119,7 +58,7 @@ def permutes(op: Any) -> Rule:
         rest = [v for k, v in a.items() if k != "self"]
         view = t.view(x)
         if view is not None:
-            t.set_view(out, View(view.name, _permuted(op, view.dims, rest), view.kind))
+            t.set_view(out, replace(view, dims=_permuted(op, view.dims, rest)))
             t.keep_view(x)
             return
         labels = t.full(x)
@@ -153,16 +92,17 @@ def moves(op: Any) -> Rule:
 
     def rule(t: Tracer, a: Args, out: Any) -> None:
         values = list(a.values())
-        labels = t.full(values[0])
-        if labels is None and t.view(values[0]) is not None and isinstance(out, Tensor):
-            reshapes(t, a, out)
-            if t.view(out) is None:
-                labels = vector(t, values[0])
+        if op in CUTS and rows(t, a, out):
+            return
+        if isinstance(out, Tensor) and same_parameter(t, values[0], out):
+            return
+        labels = vector(t, values[0])
         if labels is None:
             return
         labels = labels.expand(values[0].shape)
         moved = op(labels, *[v.cpu() if isinstance(v, Tensor) else v for v in values[1:]])
         if isinstance(out, (tuple, list)):
+            _apart(t, values[0], a, out)
             for y, part in zip(out, moved, strict=True):
                 t.set(y, part)
         else:
@@ -171,14 +111,38 @@ def moves(op: Any) -> Rule:
     return rule
 
 
+def _apart(t: Tracer, x: Tensor, a: Args, out: Any) -> None:
+    """Positions of a dimension as tensors of their own, such as queries, keys and values."""
+    labels = t.get(x)
+    dim = int(a.get("dim") or 0) % x.dim()
+    gone = all(y.dim() < x.dim() for y in out)
+    if labels is None or not (gone or all(y.shape[dim] == 1 for y in out)):
+        return
+    if not _stays_whole(t, labels, dim) and gone:
+        t.freeze(labels, "chosen by its position")
+
+
+def _stays_whole(t: Tracer, labels: Tensor, dim: int) -> bool:
+    """Let all positions of a dimension lose the same channels, so that none of them goes.
+
+    Returns:
+        Whether they could: False if the channels lie along this dimension alone.
+    """
+    if labels.shape[dim] > 1:
+        if labels.numel() == labels.shape[dim]:
+            return False
+        t.labels.unite(labels, labels.narrow(dim, 0, 1))
+    return True
+
+
 def selects(t: Tracer, a: Args, out: Tensor) -> None:
     """One position of a dimension; a channel that is chosen by its number stays."""
-    labels = t.full(a["self"])
+    labels = t.get(a["self"])
     if labels is None:
         return
-    moved = labels.select(int(a["dim"]), int(a["index"]))
-    compacted = t.get(a["self"])
-    if compacted is not None and compacted.shape[int(a["dim"])] > 1:
+    dim = int(a["dim"]) % labels.dim()
+    moved = labels.expand(a["self"].shape).select(dim, int(a["index"]))
+    if not _stays_whole(t, labels, dim):
         t.freeze(moved, "chosen by its position")
     t.set(out, moved)
 
@@ -210,6 +174,17 @@ def shifts(op: Any) -> Rule:
             t.set(out, labels.expand([y if d in dims else -1 for d, y in enumerate(out.shape)]))
 
     return rule
+
+
+def unfolds(t: Tracer, a: Args, out: Tensor) -> None:
+    """Windows of one dimension, as a new last one."""
+    labels = t.get(a["self"])
+    if labels is None:
+        return
+    if labels.shape[int(a["dimension"])] > 1:
+        t.freeze(labels, "windows that slide over channels")
+    else:
+        t.set(out, labels.unsqueeze(-1))
 
 
 def pad(t: Tracer, a: Args, out: Tensor) -> None:

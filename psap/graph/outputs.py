@@ -36,7 +36,7 @@ def _tensors(value: Any, seen: set[int]) -> list[Tensor]:
 
 
 class NoDropout(TorchFunctionMode):
-    """Dropouts of all kinds pass their input on while this is active.
+    """Dropouts of all kinds, also of attention, pass their input on while this is active.
 
     Args:
         steady: nor do batch norms that have running statistics take those of the batch. Where
@@ -52,8 +52,53 @@ class NoDropout(TorchFunctionMode):
     ) -> Any:
         """Skip the call if it is a dropout."""
         kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            if len(args) < 5:
+                return func(*args, **{**kwargs, "dropout_p": 0.0})
+            args = (*args[:4], 0.0, *args[5:])
+        if func is F.multi_head_attention_forward and len(args) > 10:
+            args = (*args[:10], 0.0, *args[11:])
         if "dropout" in getattr(func, "__name__", ""):
             return args[0] if args else kwargs["input"]
         if self._steady and func is F.batch_norm and args[1] is not None and args[2] is not None:
             kwargs = {**kwargs, "training": False}
         return func(*args, **kwargs)
+
+
+class Inside(TorchFunctionMode):
+    """Tells a tracer that functions run whose single calls do not say all.
+
+    "implicit": an attention that scales by the width of its heads; "known", "fixed": one that also
+    fixes widths in Python, with or without a program for graph mode.
+
+    Args:
+        tracer: a `psap.graph.trace.Tracer`.
+        model: what it traces.
+    """
+
+    def __init__(self, tracer: Any, model: nn.Module) -> None:
+        super().__init__()
+        self._tracer = tracer
+        self._model = model
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run the call; note before what is to be known of it."""
+        kwargs = kwargs or {}
+        packed = func is F.multi_head_attention_forward
+        if packed:
+            self._tracer.attention = "known" if self._known() else "fixed"
+        elif func is F.scaled_dot_product_attention and kwargs.get("scale") is None:
+            self._tracer.attention = "implicit"
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self._tracer.attention = ""
+
+    def _known(self) -> bool:
+        """Whether graph mode has a program for a module whose heads have fixed widths."""
+        where = self._tracer.where()
+        module = self._model.get_submodule(where[-1]) if where else None
+        forward = getattr(type(module), "forward", None)
+        return forward is nn.MultiheadAttention.forward and not self._tracer.gated

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -52,7 +53,19 @@ def sizes(t: Tracer, a: Args, out: Any) -> None:
 
 
 def sums(t: Tracer, a: Args, out: Any) -> None:
-    """A sum over channels does not miss zeros."""
+    """A sum over channels does not miss zeros; nor does one over those of every head."""
+    whole = t.get(a["self"])
+    if whole is not None:
+        dims = reduced(a, whole.dim())
+        inner = math.prod(whole.shape[d] for d in dims)
+        head = whole
+        for dim in range(whole.dim()):
+            head = head if dim in dims else head.narrow(dim, 0, 1)
+        if 1 < whole.numel() // inner < inner:
+            t.labels.unite(whole, head)
+            t.settle(whole)
+            t.closed = True
+            return
     labels = _reduce(t, a, out)
     if labels is not None:
         t.settle(labels)

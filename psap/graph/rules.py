@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from psap.graph.compute import addmm, batch_norm, bmm, convolution, linear, mm
+from psap.graph.attention import attends, baddbmm, bmm
+from psap.graph.compute import addmm, batch_norm, convolution, linear, mm
 from psap.graph.elementwise import (
     add,
     addcmul,
@@ -32,15 +33,16 @@ from psap.graph.movement import (
     permutes,
     pixel_shuffle,
     pools,
-    reshapes,
     restrides,
     same,
     selects,
     shifts,
     stack,
+    unfolds,
 )
 from psap.graph.norms import group_norm, layer_norm, rms_norm
 from psap.graph.reductions import means, reduces, sizes, softmax, sums
+from psap.graph.reshaping import reshapes
 from psap.graph.trace import Rule
 from psap.graph.weights import inner_product, matrix_vector, weight_norm
 
@@ -60,6 +62,11 @@ _table(mm, "mm")
 _table(addmm, "addmm")
 _table(linear, "linear")
 _table(bmm, "bmm")
+_table(baddbmm, "baddbmm")
+_table(attends, "_scaled_dot_product_flash_attention_for_cpu")
+_table(attends, "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention")
+_table(attends, "_scaled_dot_product_cudnn_attention")
+_table(attends, "_scaled_dot_product_fused_attention_overrideable")
 _table(batch_norm, "native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm")
 _table(batch_norm, "_native_batch_norm_legit_no_training", "_batch_norm_with_update")
 _table(batch_norm, "_batch_norm_no_update", "miopen_batch_norm", "batch_norm")
@@ -84,7 +91,7 @@ _table(moves_zero("log_sigmoid"), "log_sigmoid_forward")
 _table(moves_zero("cos"), "cos")
 _table(moves_zero("subtraction from a constant"), "rsub")
 _table(moves_zero("rsqrt"), "rsqrt")
-_table(keeps_zero, "zeros_like")
+_table(keeps_zero, "zeros_like", "zero_")
 _table(moves_zero("new data"), "ones_like", "full_like", "empty_like", "rand_like", "randn_like")
 _table(clamp, "clamp", "clamp_", "clamp_min", "clamp_min_", "clamp_max", "clamp_max_")
 _table(clamp, "hardtanh", "hardtanh_")
@@ -132,6 +139,7 @@ _table(moves(aten.channel_shuffle), "channel_shuffle", "native_channel_shuffle")
 _table(pad, "constant_pad_nd")
 _table(cat, "cat")
 _table(stack, "stack")
+_table(unfolds, "unfold")
 _table(index, "index")
 _table(pools, "grid_sampler_2d", "grid_sampler_3d")
 _table(embedding, "embedding")

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from psap.errors import TraceError
+from psap.graph.attending import Attending
 from psap.graph.calls import QuietMode, Schema, TensorMap, bind, schema, tensors_in
 from psap.graph.counting import Sizes, Watch
 from psap.graph.labels import TAINT, Labels, compact, plain, tainting
+from psap.graph.outputs import Inside
 from psap.graph.outputs import output_tensors as output_tensors
 
 Args = dict[str, Any]
@@ -53,11 +55,13 @@ class View:
             one of size 1, or `MERGED`.
         kind: what forward() made of it: "" nothing; "standard", filters by their mean and variance;
             "normed", filters along dimension 0 by their norms; "scaled", all of it by one number.
+        rows: start and end of the rows of a matrix that it is, if it is not all of them.
     """
 
     name: str
     dims: tuple[int, ...]
     kind: Literal["", "standard", "normed", "scaled"] = ""
+    rows: tuple[int, int] | None = None
 
     def role(self, dim: int, role: str) -> str:
         """The role of a dimension of the parameter, where its result has this role.
@@ -94,6 +98,9 @@ class Tracer(QuietMode):
         self.roles: dict[tuple[str, int], str] = {}
         self.calls: list[Call] = []
         self.fixed_macs = 0.0
+        self.products: list[tuple[Tensor, float]] = []
+        self.attending = Attending()
+        self.attention: Literal["", "implicit", "known", "fixed"] = ""  # the one that runs
         self.normalised: dict[str, set[str]] = {}
         self.affine: set[str] = set()
         self.reached: set[str] = set()
@@ -143,7 +150,10 @@ class Tracer(QuietMode):
             fixed = self.labels.new(tensor.shape[dim])
             self.labels.freeze(fixed, f"{view.name} has no such dimension")
             return fixed
-        return self.side(view.name, view.dims[dim], view.role(view.dims[dim], role), like)
+        at = view.dims[dim]
+        if view.rows and at == 0:
+            return self.side(view.name, at, view.role(at, role))[slice(*view.rows)]
+        return self.side(view.name, at, view.role(at, role), like)
 
     def side(self, name: str, dim: int, role: str, like: Tensor | None = None) -> Tensor:
         """Labels along one dimension of a parameter, by its name, int64 [size]."""
@@ -356,6 +366,7 @@ def run(tracer: Tracer, model: nn.Module, inputs: tuple[Any, ...], training: boo
     try:
         with (
             _eager(),
+            Inside(tracer, model),
             Watch(tracer),
             torch.inference_mode(False),  # which turns gradients on
             torch.no_grad(),

@@ -6,12 +6,14 @@ The result is still the parameter, as a `View` of another kind, so convolutions 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from psap.graph.common import freeze_all
-from psap.graph.trace import MERGED, Args, Tracer, View
+from psap.graph.trace import MERGED, Args, Tracer
 
 
 def tie_computed(t: Tracer, labels: Tensor | None, channels: Tensor, role: str) -> None:
@@ -39,7 +41,7 @@ def standardises(t: Tracer, a: Args, out: Tensor) -> bool:
     if a["bias"] is not None:
         t.freeze(channels, "standardised filters with a shift")
         freeze_all(t, "standardised filters with a shift", a["bias"])
-    t.set_view(out, View(view.name, view.dims, "standard"))
+    t.set_view(out, replace(view, kind="standard"))
     t.closed = True
     return True
 
@@ -47,10 +49,10 @@ def standardises(t: Tracer, a: Args, out: Tensor) -> bool:
 def weight_norm(t: Tracer, a: Args, out: Any) -> None:
     """``g * v / |v|`` by filters: a zero gain silences one, a zero filter would divide by zero."""
     v, g = t.view(a["v"]), t.view(a["g"])
-    if t.gated or v is None or g is None or a["dim"] != 0 or v.dims[0] != 0 or v.kind:
+    if t.gated or v is None or g is None or a["dim"] != 0 or v.dims[0] != 0 or v.kind or v.rows:
         return
     t.labels.unite(t.claim(a["v"], 0, "state"), t.claim(a["g"], 0, "out"))
-    t.set_view(out[0], View(v.name, v.dims, "normed"))
+    t.set_view(out[0], replace(v, kind="normed"))
 
 
 def scales(t: Tracer, x: Any, factor: Any, out: Tensor) -> bool:
@@ -63,14 +65,14 @@ def scales(t: Tracer, x: Any, factor: Any, out: Tensor) -> bool:
     if t.gated or view is None or view.kind or not one or not wide or out.shape != x.shape:
         return False
     t.keep_view(x)
-    t.set_view(out, View(view.name, view.dims, "scaled"))
+    t.set_view(out, replace(view, kind="scaled"))
     return True
 
 
 def matrix_vector(t: Tracer, a: Args, out: Tensor) -> None:
     """A weight as rows of filters times a buffer, as in power iteration: zeros add nothing."""
     view, vector = t.view(a["self"]), t.view(a["vec"])
-    if t.gated or view is None or vector is None or view.kind:
+    if t.gated or view is None or vector is None or view.kind or view.rows:
         return
     if view.dims not in ((0, MERGED), (0, 1)) or vector.dims != (0,):
         return
@@ -88,3 +90,26 @@ def inner_product(t: Tracer, a: Args, out: Tensor) -> None:
     t.settle(labels)
     t.labels.unite(t.claim(x, 0, "state"), labels)
     t.closed = True
+
+
+CUTS = (torch.ops.aten.slice, torch.ops.aten.split, torch.ops.aten.split_with_sizes)
+
+
+def rows(t: Tracer, a: Args, out: Any) -> bool:
+    """Rows of a matrix of parameters; equal parts (queries, keys, values) lose the same ones."""
+    x = next(iter(a.values()))
+    view, parts = t.view(x), list(out) if isinstance(out, (tuple, list)) else [out]
+    cuts = x.dim() == 2 and int(a.get("dim") or 0) in (0, -2) and a.get("step", 1) == 1
+    if view is None or view.dims != (0, 1) or view.kind or view.rows or not cuts:
+        return False
+    if any(y.dim() != 2 or y.shape[1] != x.shape[1] for y in parts):
+        return False
+    start = int(a.get("start") or 0) % max(1, x.shape[0])
+    sides = []
+    for y in parts:
+        t.set_view(y, replace(view, rows=(start, start + y.shape[0])))
+        sides.append(t.claim(y, 0, "out"))
+        start += y.shape[0]
+    if len({side.shape for side in sides}) == 1 and len(sides) > 1:
+        t.labels.unite(torch.stack(sides), sides[0])
+    return True

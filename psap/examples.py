@@ -1,0 +1,72 @@
+"""What modules are called with and give for the example: torch.fx asks where forward() branches."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from psap.graph.untouched import untouched
+from psap.symbolic import traced
+
+
+def example_of(name: str, given: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The arguments of a module, and the results of its descendants."""
+    start = f"{name}." if name else ""
+    results = {
+        f"{n.removeprefix(start)}()": values["()"]
+        for n, values in given.items()
+        if n.startswith(start) and n != name and "()" in values
+    }
+    return {k: v for k, v in given.get(name, {}).items() if k != "()"} | results
+
+
+def program_of(module: nn.Module, args: Any, kwargs: Any) -> None:
+    """Check that torch.fx can trace a module that is called like this.
+
+    Raises:
+        VerificationError: it cannot.
+    """
+    with untouched(module), examples(module) as given:
+        module(*args, **kwargs)
+    traced(module, example_of("", given))
+
+
+@contextmanager
+def examples(model: nn.Module) -> Iterator[dict[str, dict[str, Any]]]:
+    """Arguments of the first call of every module that are plain values, or tensors (as meta)."""
+    given: dict[str, dict[str, Any]] = {}
+    handles = []
+    try:
+        for name, module in model.named_modules():
+
+            def note(m: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+                bound = inspect.signature(m.forward).bind(*args, **kwargs)
+                bound.apply_defaults()
+                if name not in given:
+                    given[name] = {
+                        k: _on_meta(v) if isinstance(v, Tensor) else v
+                        for k, v in bound.arguments.items()
+                        if v is None or isinstance(v, (bool, str, int, float, Tensor))
+                    }
+
+            def note_result(_: nn.Module, __: Any, out: Any, name: str = name) -> None:
+                if isinstance(out, Tensor) and name in given:
+                    given[name].setdefault("()", _on_meta(out))
+
+            handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
+            handles.append(module.register_forward_hook(note_result))
+        yield given
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _on_meta(x: Tensor) -> Tensor:
+    """A tensor of the same shape and dtype without memory, made where no mode looks."""
+    with torch._C.DisableTorchFunction():
+        return torch.empty(tuple(x.shape), dtype=x.dtype, device="meta")

@@ -1,0 +1,164 @@
+"""What the sizes and numbers of a dense program are in the small one."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from psap.errors import VerificationError
+from psap.graph.labels import Ints
+from psap.graph.trace import MERGED, View
+
+Stays = list[Tensor | None]
+"""For every dimension of an activation a bool mask [size], or None if all of it stays."""
+
+
+@dataclass
+class Record:
+    """What one run of the dense program showed.
+
+    Attributes:
+        labels: channel labels of every value that has some.
+        values: shapes of tensors, and values of everything else.
+        views: which parameter a value is.
+        kept: positions of each parameter that stay, by dimension.
+        shapes: shapes of the parameters.
+        constants: tensors that the small program needs, by name.
+    """
+
+    labels: dict[fx.Node, Tensor] = field(default_factory=dict)
+    values: dict[fx.Node, Any] = field(default_factory=dict)
+    views: dict[fx.Node, View] = field(default_factory=dict)
+    kept: Mapping[str, Mapping[int, tuple[int, ...]]] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    constants: dict[str, Tensor] = field(default_factory=dict)
+
+    def of_parameter(self, node: fx.Node) -> Stays | None:
+        """Which positions of a parameter stay, per dimension of the value that it is."""
+        view = self.views[node]
+        kept = self.kept.get(view.name, {})
+        if not kept:
+            return None
+        masks: list[Tensor] = []
+        for dim, size in enumerate(self.shapes[view.name]):
+            mask = torch.full((size,), dim not in kept)
+            mask[list(kept.get(dim, ()))] = True
+            masks.append(mask)
+        if view.rows:
+            masks[0] = masks[0][slice(*view.rows)]
+        rest = torch.ones(1, dtype=torch.bool)
+        for mask in masks[1:]:
+            rest = (rest[:, None] & mask).reshape(-1)
+        found = {-1: None, MERGED: rest, **dict(enumerate(masks))}
+        return [None if (m := found[d]) is None or bool(m.all()) else m for d in view.dims]
+
+
+def stays_of(node: Any, record: Record, alive: Ints) -> Stays | None:
+    """Which positions of an activation stay, per dimension; None if nothing goes."""
+    labels = record.labels.get(node)
+    if node in record.views:
+        return record.of_parameter(node)
+    if labels is None:
+        return None
+    lives = torch.from_numpy(alive)[labels].bool()
+    if bool(lives.all()):
+        return None
+    if not bool(lives.any()) and len(record.values[node]) > 1:
+        gone = torch.zeros(record.values[node][1], dtype=torch.bool)  # a slice of what goes
+        return [gone if dim == 1 else None for dim in range(lives.dim())]
+    masks: Stays = []
+    for dim in range(lives.dim()):
+        others = [d for d in range(lives.dim()) if d != dim]
+        along = lives.amax(others) if others else lives
+        masks.append(None if along.numel() == 1 else along)
+    outer = torch.ones_like(lives)
+    for dim, mask in enumerate(masks):
+        if mask is not None:
+            outer &= mask.view([-1 if d == dim else 1 for d in range(lives.dim())])
+    if not torch.equal(outer, lives):
+        raise VerificationError(
+            f"the channels of {node.name} cannot be removed: they form no block"
+        )
+    return masks
+
+
+def numbers(node: fx.Node, twin: fx.Node, record: Record, alive: Ints) -> None:
+    """Numbers that tensors are scaled by stay what they were, if they come from a width."""
+    if not isinstance(record.values.get(node), torch.Size):
+        return
+    scales = getattr(node.target, "__name__", node.target) in _SCALES
+
+    def dense(given: fx.Node, copy: Any) -> Any:
+        known = record.values.get(given)
+        if not (isinstance(known, float) or (scales and type(known) is int)):
+            return copy
+        small = in_small(given, record, alive)
+        if small is None or small == known:
+            return copy
+        if not all(_leaves(given, record, alive)):
+            raise VerificationError(f"a number at {node.name} depends on several sizes")
+        return known
+
+    twin.args = tuple(
+        dense(a, b) if isinstance(a, fx.Node) else b
+        for a, b in zip(node.args, twin.args, strict=True)
+    )
+    twin.kwargs = {
+        k: dense(a, twin.kwargs[k]) if isinstance(a, fx.Node) else twin.kwargs[k]
+        for k, a in node.kwargs.items()
+    }
+
+
+_SCALES = ("mul", "mul_", "div", "div_", "truediv", "multiply", "divide", "pow")
+"""Calls whose second operand may be a number of channels."""
+
+
+def _leaves(value: Any, record: Record, alive: Ints) -> list[bool]:
+    """For every size that a number comes from whether the small network has another one."""
+    if not isinstance(value, fx.Node):
+        return []
+    sizes = [a for a in value.args if isinstance(a, fx.Node)]
+    if any(isinstance(record.values.get(a), torch.Size) for a in sizes):
+        return [in_small(value, record, alive) != record.values[value]]
+    return [leaf for a in sizes for leaf in _leaves(a, record, alive)]
+
+
+def in_small(value: Any, record: Record, alive: Ints) -> Any:
+    """What arithmetic on sizes gives in the small network; None if that is not known."""
+    if not isinstance(value, fx.Node):
+        return value
+    known = record.values.get(value)
+    sizes = isinstance(known, torch.Size)
+    source = value.args[0] if value.args else None
+    if isinstance(source, fx.Node) and isinstance(record.values.get(source), torch.Size):
+        if sizes and value.target in (getattr, "size"):  # of a tensor: x.shape or x.size()
+            return small_shape(source, record, alive)
+        if value.target == "size" and len(value.args) == 2:
+            return small_shape(source, record, alive)[value.args[1]]  # type: ignore[index]
+    if value.target == "numel" and isinstance(source, fx.Node):
+        return math.prod(small_shape(source, record, alive))
+    if sizes or not isinstance(known, (int, float, torch.Size)) or value.op != "call_function":
+        return None
+    args = [in_small(arg, record, alive) for arg in value.args]
+    if any(arg is None for arg in args) or value.target not in _ARITHMETIC:
+        return None
+    return value.target(*args)
+
+
+_ARITHMETIC = (
+    operator.getitem, operator.floordiv, operator.mul, operator.add, operator.sub, operator.mod,
+    operator.truediv, operator.pow, operator.neg, math.sqrt, float, int,
+)  # fmt: skip
+
+
+def small_shape(source: fx.Node, record: Record, alive: Ints) -> list[int]:
+    """The shape of an activation in the small network."""
+    shape = record.values[source]
+    before = stays_of(source, record, alive) or [None] * len(shape)
+    return [n if mask is None else int(mask.sum()) for n, mask in zip(shape, before, strict=True)]
