@@ -117,11 +117,11 @@ def _traced(
     """Programs of modules; those that ask for sizes get what one more run of the model shows."""
     dense: dict[str, fx.GraphModule] = {}
 
-    def trace_all(known: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    def trace_all(known: Mapping[str, Mapping[str, Any]], whole: bool = False) -> dict[str, str]:
         errors: dict[str, str] = {}
         for name, given in known.items():
             try:
-                dense[name] = traced(model.get_submodule(name), given)
+                dense[name] = traced(model.get_submodule(name), given, whole=whole)
             except VerificationError as error:
                 errors[name] = str(error)
         return errors
@@ -132,7 +132,9 @@ def _traced(
             model.eval()
             model(*inputs)
         known = {name: {**opened[name], **example_of(name, given)} for name in errors}
-        failures += together(lambda: trace_all(known)).values()
+        errors = together(lambda: trace_all(known))
+        last = {name: known[name] for name in errors}
+        failures += together(lambda: trace_all(last, whole=True)).values()
     return dense
 
 

@@ -20,7 +20,7 @@ from psap.multihead import Traceable
 from psap.shared import SharedTracer, Uncompiled
 
 
-def traced(model: nn.Module, given: Mapping[str, Any]) -> fx.GraphModule:
+def traced(model: nn.Module, given: Mapping[str, Any], *, whole: bool = False) -> fx.GraphModule:
     """The module as a program that serves both modes; its children stay calls of modules.
 
     Args:
@@ -28,19 +28,17 @@ def traced(model: nn.Module, given: Mapping[str, Any]) -> fx.GraphModule:
         given: arguments of a call: what is None, a switch or a name becomes a constant; of tensors
             on the meta device and of numbers, forward() may ask sizes where it branches. Results of
             its children under their names and "()".
+        whole: functions that ``torch.fx.wrap`` names may stay single calls.
 
     Raises:
         VerificationError: torch.fx cannot trace it, or it does different things in the two modes.
     """
     try:
-        trained, dense = _both(model, given, through=True)
-    except Exception:  # inside of a function that is wrapped for torch.fx
-        try:
-            trained, dense = _both(model, given, through=False)
-        except Exception as error:
-            raise VerificationError(
-                f"torch.fx cannot trace {type(model).__name__}: {type(error).__name__}: {error}"
-            ) from error
+        trained, dense = _both(model, given, through=not whole)
+    except Exception as error:
+        raise VerificationError(
+            f"torch.fx cannot trace {type(model).__name__}: {type(error).__name__}: {error}"
+        ) from error
     same = len(dense.graph.nodes) == len(trained.graph.nodes)
     twins: dict[fx.Node, fx.Node] = {}
     for node, other in zip(list(dense.graph.nodes), trained.graph.nodes, strict=False):
