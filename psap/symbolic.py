@@ -142,6 +142,8 @@ class _Symbolic(SharedTracer):
             args, kwargs = fx.map_arg((node.args, node.kwargs), self._value)
             if node.op == "placeholder":
                 value = self._examples[str(node.target)]
+            elif node.target is getattr and args[1] in ("device", "is_cuda", "is_meta"):
+                raise TypeError("forward() branches on a device")  # the example has another one
             elif node.op == "call_function":
                 value = node.target(*args, **kwargs)  # type: ignore[operator]
             elif node.op == "call_method":

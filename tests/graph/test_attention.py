@@ -378,3 +378,17 @@ def test_attention_that_no_program_can_stand_for_stays(gated: bool) -> None:
     )
     plan = psap.plan(graph, ratio=0.5)
     assert_exact(model, plan, psap.apply(model, plan).model, (image(),))
+
+
+def test_a_branch_on_the_device_is_not_taken_from_the_example() -> None:
+    model = model_of(lambda m, x: selected(m, x) if x.device.type != "meta" else x, H * D)
+    graph = psap.trace(model, image())
+    assert "branches on a device" in graph.left_alone["qkv"]
+
+
+def test_a_program_refuses_sizes_that_take_another_branch() -> None:
+    model = model_of(lambda m, x: selected(m, x if x.shape[1] > 9 else x * 2), H * D)
+    small = psap.apply(model, psap.plan(psap.trace(model, image()), ratio=0.5)).model
+    small.eval()(image(4, 3, 16, 16))
+    with pytest.raises(psap.ArgumentError, match="something else for inputs of this size"):
+        small(image(4, 3, 4, 4))
