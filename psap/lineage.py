@@ -37,8 +37,9 @@ def restricted(graph: Graph, alive: Bools) -> Graph:
     number = np.append(np.where(alive, np.cumsum(alive) - 1, -2), -1)  # fixed positions: -1
 
     def renumbered(found: Ints) -> Ints:
-        kept: Ints = number[found]
-        return kept[kept != -2]
+        kept = number[found]
+        left: Ints = kept[kept != -2]
+        return left
 
     channels = {side: renumbered(found) for side, found in graph.channels.items()}
     shapes = {
