@@ -48,7 +48,11 @@ class Sizes:
         """Note what a module was called with, as far as it is None, a switch or a name."""
         if name in self.given:
             return
-        bound = inspect.signature(module.forward).bind(*args, **kwargs)
+        try:
+            bound = inspect.signature(module.forward).bind(*args, **kwargs)
+        except (TypeError, ValueError):  # of TorchScript, or a wrapper that adds arguments
+            self.given[name] = {}
+            return
         bound.apply_defaults()
         plain = {k: v for k, v in bound.arguments.items() if v is None or type(v) in (bool, str)}
         self.given[name] = plain

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from nets import Net, assert_same, chain, conv, head, image, randomise, snapshot
+from nets import Net, assert_exact, assert_same, chain, conv, head, image, randomise, snapshot
 from torch import Tensor, nn
 from torch.nn import functional as F
 from zoo import CASES
@@ -113,6 +115,43 @@ def test_a_scripted_model_is_refused() -> None:
     scripted = torch.jit.trace(chain(4).eval(), torch.zeros(1, 3, 8, 8))
     with pytest.raises(psap.ArgumentTypeError, match="ScriptModule"):
         psap.trace(scripted, torch.zeros(1, 3, 8, 8))
+
+
+def _scaled(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A wrapper that gives forward() an argument which callers do not know."""
+
+    @functools.wraps(forward)
+    def wrapper(self: nn.Module, x: Tensor) -> Tensor:
+        return forward(self, x, 2)
+
+    return wrapper
+
+
+class Wrapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = conv(3, 8), head(8)
+
+    @_scaled
+    def forward(self, x: Tensor, scale: int) -> Tensor:
+        x = F.relu(self.stem(x) * scale)
+        return self.head(x.view(len(x), x.shape[1], -1).view_as(x))
+
+
+def test_a_wrapper_that_adds_arguments_to_forward() -> None:
+    model = randomise(Wrapped())
+    plan = psap.plan(psap.trace(model, image()), ratio=0.5)
+    assert_exact(model, plan, psap.apply(model, plan).model, (image(),))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_a_part_that_torchscript_has_traced() -> None:
+    part = randomise(
+        Net(lambda m, x: x / (1 + m.c(x).mean(1, keepdim=True).square()), c=conv(3, 3))
+    )
+    model = randomise(nn.Sequential(torch.jit.trace(part, image()), chain(8)))
+    plan = psap.plan(psap.trace(model, image()), ratio=0.5)
+    assert plan.kept()["1.0.weight"]
 
 
 def test_two_devices_are_refused() -> None:
