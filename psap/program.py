@@ -146,6 +146,7 @@ def _small(dense: fx.GraphModule, body: nn.Module, record: Record, alive: Ints) 
     for node, twin in copied.items():
         if node in record.values:
             rewrite(node, twin, record, alive)
+        twin.type = None  # torch.fx cannot pickle annotations that are text
     if isinstance(body, nn.MultiheadAttention):
         body._qkv_same_embed_dim = False  # nn.TransformerEncoder would call a fused kernel
         with graph.inserting_before(next(iter(graph.nodes))):

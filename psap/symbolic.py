@@ -183,7 +183,9 @@ def require_same(given: Any, value: Any, name: str) -> None:
     Raises:
         ArgumentError: it differs from that of the example.
     """
-    if given is not value and given != value:
+    if isinstance(given, fx.Proxy):  # a program that is unpickled is traced again
+        given.tracer.create_proxy("call_function", require_same, (given, value, name), {})
+    elif given is not value and given != value:
         raise ArgumentError(
             f"{name} is {given!r}; the program was made for {name}={value!r}, as in example_inputs"
         )
