@@ -137,8 +137,8 @@ class Pruner:
 
         Raises:
             StateError: after `finish` or `close`.
-            PsapError: a weight is not finite, or the optimizer's state cannot be cut by channel;
-                nothing was pruned.
+            PsapError: a weight is not finite, or the optimizer's state cannot be cut by channel:
+                nothing was pruned; or what was pruned cannot be removed: the next cut tries again.
 
         Warns:
             PsapWarning: it is called too often for the network to train in between.
@@ -153,14 +153,14 @@ class Pruner:
             self._pace.called(self._iteration)
         self._calls += 1
         since = self._calls - self.config.warmup - 1
-        due = since >= 0 and since % self.config.interval == 0
+        due, made = since >= 0 and since % self.config.interval == 0, self._step
         if due and self._step < self.config.prune_steps:
             try:
                 if self._left:
                     self._close_window()
                 self._times.pruning(self._prune, self._step + 1)
             except PsapError:
-                self._calls -= 1  # this call pruned nothing: the next one is due
+                self._calls -= self._step == made  # if it pruned nothing, the next call is due
                 raise
 
     def _prune(self, step: int) -> None:

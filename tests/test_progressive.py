@@ -331,6 +331,22 @@ def test_a_cut_that_fails_loses_no_copy(monkeypatch: pytest.MonkeyPatch) -> None
     assert pruner.done and pruner.finish().plan.after.macs <= 0.4 * pruner.cost.dense.macs
 
 
+def test_a_cut_that_fails_brings_no_prune_step_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, opt, pruner = make("residual", protect="gate", interval=3, **PROGRESSIVE)
+    advance(model, opt, pruner, 0, 15)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise psap.VerificationError("the small network was refused")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pruner._lineage, "cut", refuse)
+        with pytest.raises(psap.VerificationError, match="was refused"):
+            advance(model, opt, pruner, 15, 20)
+    advance(model, opt, pruner, 20, 35)
+    steps = [event for event in pruner.events if isinstance(event, PruneEvent)]
+    assert [event.call for event in steps] == [1, 4, 7]
+
+
 def test_what_cannot_be_cut_in_place_is_refused_at_once() -> None:
     config = psap.Config(progressive=True)
     net = Chain()
