@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from psap.graph.calls import TensorMap
 from psap.graph.outputs import NoDropout
 
 COUNTING = frozenset({
@@ -31,6 +32,7 @@ class Sizes:
         fixed: modules that call with sizes that may be those of another tensor.
         named: modules that call so with parameters, and which.
         given: plain arguments of the first call of each of these modules.
+        spread: tensors without channels that forward() itself expands to a size.
     """
 
     def __init__(self) -> None:
@@ -39,6 +41,7 @@ class Sizes:
         self.fixed: set[str] = set()
         self.named: set[tuple[str, str]] = set()
         self.given: dict[str, dict[str, Any]] = {}
+        self.spread: TensorMap[bool] = TensorMap()
 
     def touched(self, name: str, labels: Tensor) -> None:
         """Note labels that a call with sizes touches."""
@@ -91,6 +94,8 @@ class Watch(NoDropout):
         ):
             return  # the groups of a convolution of its own follow
         sizes, where = self._tracer.sizes, self._tracer.name_of(module)
+        if name == "expand":
+            sizes.spread[tensors[-1]] = True
         if name in ("view", "reshape", "expand"):
             sizes.fixed.add(where)
         for tensor in tensors:

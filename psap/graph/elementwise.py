@@ -142,9 +142,10 @@ def _with_constant(t: Tracer, labels: Tensor, constant: Any, product: bool, name
 def _fixed(t: Tracer, labels: Tensor, constant: Tensor, name: str) -> None:
     """Keep the dimensions that data without channels has, too: others may go, at all positions."""
     head, offset = labels, labels.dim() - constant.dim()
+    sized = t.sizes.spread.get(constant) is not None
     for dim in range(constant.dim()):
-        wide = constant.shape[dim] > 1 and constant.stride(dim) != 0  # else it is broadcast
-        if wide and dim + offset >= 0:
+        broadcast = constant.stride(dim) == 0 and not sized
+        if constant.shape[dim] > 1 and not broadcast and dim + offset >= 0:
             head = head.narrow(dim + offset, 0, 1)
     if head.numel() == labels.numel():
         return

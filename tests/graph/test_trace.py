@@ -313,3 +313,17 @@ def test_inference_mode_around_a_trace_changes_nothing() -> None:
     wanted = [group.name for group in psap.trace(model, x).groups]
     with torch.inference_mode():
         assert [group.name for group in psap.trace(model, x).groups] == wanted
+
+
+def test_what_forward_expands_to_a_size_keeps_its_channels() -> None:
+    """Nobody rewrites that size: pruning the channels would refuse the whole model."""
+
+    def body(m: Any, x: Tensor) -> Tensor:
+        x = m.a(x)
+        return m.head(m.b(x / (1 + x.norm(dim=1, keepdim=True)).expand(4, 8, 8, 8)))
+
+    model = randomise(Net(body, a=conv(3, 8), b=conv(8, 8), head=head(8)))
+    graph = psap.trace(model, image())
+    assert "fixed number of channels" in graph.left_alone["a"]
+    plan = psap.plan(graph, ratio=0.5)
+    assert_exact(model, plan, psap.apply(model, plan).model, (image(),))
