@@ -54,8 +54,7 @@ def sort(
         ArgumentTypeError: one is nothing that can be carried along.
         ArgumentError: one belongs to another model or optimizer.
     """
-    if not isinstance(given, Sequence) or isinstance(given, (str, nn.Module)):
-        raise ArgumentTypeError(f"friends is a {type(given).__name__}; pass a list of {KINDS}")
+    given = listed(given)
     found = [] if optimizer is None else [optimizer]
     found += [f for f in given if isinstance(f, torch.optim.Optimizer)]
     optimizers = tuple({id(o): o for o in found}.values())
@@ -72,6 +71,17 @@ def sort(
     return Friends(tuple(given), optimizers, names, tuple(copies.values()))
 
 
+def listed(given: Any) -> tuple[Any, ...]:
+    """What was given as ``friends``.
+
+    Raises:
+        ArgumentTypeError: it is no list.
+    """
+    if not isinstance(given, Sequence) or isinstance(given, (str, nn.Module)):
+        raise ArgumentTypeError(f"friends is a {type(given).__name__}; pass a list of {KINDS}")
+    return tuple(given)
+
+
 def _inner(friend: nn.Module, model: nn.Module, plan: Plan, where: str) -> nn.Module:
     """The network in a friend that has the names and shapes of the model."""
     count = len(list(model.parameters()))
@@ -84,7 +94,8 @@ def _inner(friend: nn.Module, model: nn.Module, plan: Plan, where: str) -> nn.Mo
             return module
     raise ArgumentError(
         f"{where}, a {type(friend).__name__}, holds no copy of the model: no module in it has the "
-        "same parameters and buffers; pass copies of the very model that is shrunk"
+        "same parameters and buffers; pass copies of the very model that is shrunk (with "
+        "Config(progressive=True), to Pruner(friends=[...]), before it is cut)"
     )
 
 

@@ -21,7 +21,7 @@ from psap.graph import Graph
 from psap.latency import LatencyTable
 from psap.plans import Plan
 from psap.scores import GroupStats
-from psap.shrink import apply, small_copy
+from psap.shrink import Result, apply, small_copy
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
@@ -88,6 +88,7 @@ class Lineage:
             GroupStats(np.zeros((len(group.producers), group.size)), 0, 0) for group in graph.groups
         ]
         self.mode: Literal["module", "graph"] = "module"
+        self._proof: dict[str, Any] | None = None
         self.architecture = plans.fingerprint(graph.model)
         empty = np.empty(0, dtype=np.int64)
         self.original: Ints = np.concatenate([empty, *(np.arange(g.size) for g in graph.groups)])
@@ -145,10 +146,23 @@ class Lineage:
             check=check,
             inplace=True,
         )
-        if result.mode == "graph":
-            self.mode = "graph"
+        self.proven(result)
         self.gone = self.left(self.gone, alive)
         self.graph, self.original = restricted(self.graph, alive), self.original[alive]
+
+    def proven(self, result: Result) -> Literal["module", "graph"]:
+        """Note how channels were removed, and let the result's report tell of all cuts so far.
+
+        Returns:
+            "graph" if any of them made programs of modules.
+        """
+        if result.mode == "graph":
+            self.mode = "graph"
+        if (proof := result.report["verification"]) is not None:
+            errors = [found["max_relative_error"] for found in (proof, self._proof) if found]
+            self._proof = {**proof, "max_relative_error": max(errors), "mode": self.mode}
+            result.report["verification"] = self._proof
+        return self.mode
 
     def preview(self, alive: Bools) -> Graph:
         """The graph after a cut, of a copy of the model."""

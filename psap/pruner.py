@@ -14,6 +14,7 @@ from psap import optim, plans, prices, scores, selection
 from psap.config import Config
 from psap.errors import ArgumentTypeError, PsapError, StateError
 from psap.events import PruneEvent, WindowEvent, event_to_json
+from psap.friends import listed
 from psap.gates import Bools, Floats, Gates
 from psap.graph import Graph, trace
 from psap.hooktime import HookTime
@@ -91,10 +92,10 @@ class Pruner:
             )
         if isinstance(model, nn.Module):
             check_trainable(model)
-        self.config = config
+        self.config, self._friends = config, listed(friends)
         self._ranks = Ranks(model)
         self.graph: Graph = trace(model, example_inputs, gated=True)
-        check_training(optimizer, friends, self.graph)
+        check_training(optimizer, self._friends, self.graph)
         self._lineage = Lineage(self.graph, latency)
         self.cost = self._lineage.cost
         self._bounds = selection.bounds(self.graph, config)
@@ -103,7 +104,7 @@ class Pruner:
             require_progressive(self._ranks, keep_optimizer)
         if config.verify:
             apply(self.graph.model, plans.plan(self.graph, ratio=0.5))
-        self._optimizer, self._friends = optimizer, tuple(friends)
+        self._optimizer = optimizer
         self.gates = Gates(self.graph, optimizer, config.closed)
         count = len(self.graph.group_of)
         self._alive: Bools = np.ones(count, dtype=bool)
@@ -318,14 +319,13 @@ class Pruner:
             self.graph.model,
             self._lineage.step(self._alive),
             optimizer=self._optimizer if keep else None,
-            friends=(*self._friends, *friends),
+            friends=(*self._friends, *listed(friends)),
             check=self.config.verify,
             inplace=inplace,
         )
         self._finished = True
         self.close()
-        mode = "graph" if self._lineage.mode == "graph" else result.mode
-        result = replace(result, plan=whole, mode=mode)
+        result = replace(result, plan=whole, mode=self._lineage.proven(result))
         result.report.update(run_report(self.events, self.config, self._times))
         return result
 

@@ -27,7 +27,8 @@ class RunConfig:
         crop: side of the middle square that is scaled to image_size, as a share of the image's
             shorter side, in (0, 1] (imagefolder).
         grey: inputs have one channel instead of three (imagefolder).
-        flip: training images are mirrored at random; not for letters and digits (imagefolder).
+        flip: whether training images are mirrored at random; --no-flip for letters and digits
+            (imagefolder).
         shift: training images are moved by up to this many pixels; by default an eighth of
             image_size (imagefolder).
         out: the folder that everything is written to.

@@ -129,8 +129,8 @@ def _refuse_nonfinite(names: list[str], stats: psap_kernels.LayerStats) -> None:
     if bool(bad.any()):
         worst = int(bad.argmax())
         raise PsapError(
-            f"{names[worst]} holds {int(bad[worst])} values that are not finite; the training has "
-            "diverged: go back to a checkpoint from before, nothing was pruned"
+            f"{names[worst]} holds {int(bad[worst])} values that are not finite; if the "
+            "training has diverged, go back to a checkpoint from before; nothing was pruned"
         )
 
 

@@ -20,7 +20,7 @@ from psap.graph.inputs import as_inputs, check_model
 from psap.plans import Plan, fingerprint
 from psap.program import program
 from psap.ranks import Ranks
-from psap.verify import Verification, copied, verify
+from psap.verify import Verification, copied, require_finite, verify
 
 Mode = Literal["auto", "module", "graph"]
 
@@ -367,6 +367,8 @@ def _build(
     if mode in ("auto", "graph") and inputs is not None:
         makers["graph"] = lambda dense: program(dense, plan, inputs, small_copy, notes)
     failures = []
+    if check:
+        require_finite(model)
     for name, make in makers.items():
         try:
             if not check:

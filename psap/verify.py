@@ -8,6 +8,7 @@ residual branch with gamma = 0). They are compared in evaluation and in train mo
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -93,6 +94,26 @@ def verify(
             "check=False to go without the proof"
         )
     return Verification(worst, "float64", tuple(modes), mode)
+
+
+def require_finite(model: nn.Module) -> None:
+    """Check that there is something to prove: every weight and running statistic is a number.
+
+    Raises:
+        VerificationError: one is not.
+    """
+    tensors: dict[str, Tensor] = dict(model.named_parameters())
+    for name, buffer in model.named_buffers():
+        if name.rpartition(".")[2] in ("running_mean", "running_var"):
+            tensors[name] = buffer
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.is_meta:
+            total = float(tensor.detach().sum(dtype=torch.float64))  # a copy of no tensor
+            if not math.isfinite(total):
+                raise VerificationError(
+                    f"{name} holds values that are not finite, so nothing can be proven of the "
+                    "model; go back to a checkpoint from before"
+                )
 
 
 def _made(make: Callable[[nn.Module], nn.Module], dense: nn.Module) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +190,7 @@ def test_a_program_refuses_an_argument_that_it_was_not_made_for() -> None:
 def test_a_pickled_program_still_checks_its_arguments() -> None:
     part = _apply(_around(_Gated()), "auto").model.inner
     x = torch.rand(1, part.conv.in_channels, 8, 8, dtype=torch.float64)
-    again = pickle.loads(pickle.dumps(part))
+    again = ForkingPickler.loads(ForkingPickler.dumps(part))  # as for another process
     assert torch.equal(again(x), part(x))
     with pytest.raises(psap.ArgumentError, match=r"mask is .*made for mask=None"):
         again(x, torch.ones(()))

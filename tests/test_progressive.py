@@ -268,7 +268,8 @@ def test_modules_that_fix_widths_become_programs(root: bool, protect: str, tmp_p
     assert root or model.help() == "a method of the user's"
     assert [id(p) for p in model.parameters()] == [id(p) for p in parameters]
     result = pruner.finish()
-    assert result.mode == "graph"
+    assert result.mode == "graph" and result.report["verification"]["mode"] == "graph"
+    assert 0 < result.report["verification"]["max_relative_error"] < 1e-9  # the worst of all cuts
     psap.save(result, tmp_path / "small.psap")
     loaded = psap.load(tmp_path / "small.psap", lambda: Padded(root=root))
     wanted = model.eval()(inputs())

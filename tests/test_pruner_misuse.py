@@ -197,3 +197,18 @@ def test_what_a_resumed_pruner_does_not_know_is_no_mistake() -> None:
         opt.step()
         pruner.load_state_dict(pruner.state_dict())
         pruner.step()
+
+
+def test_friends_that_are_no_list_are_refused() -> None:
+    model = Chain()
+    opt = torch.optim.SGD(model.parameters(), 0.1)
+    scheduler: Any = torch.optim.lr_scheduler.StepLR(opt, 1)
+    with pytest.raises(psap.ArgumentTypeError, match="friends is a StepLR; pass a list of"):
+        psap.Pruner(model, inputs(), optimizer=opt, friends=scheduler)
+    pruner = psap.Pruner(model, inputs(), optimizer=opt)
+    with (
+        pytest.warns(psap.PsapWarning, match="makes up for"),
+        pytest.raises(psap.ArgumentTypeError, match="friends is a StepLR; pass a list of"),
+    ):
+        pruner.finish(friends=scheduler)
+    assert pruner.finish(friends=[scheduler]).friends[0].optimizer is not opt

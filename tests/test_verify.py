@@ -173,6 +173,25 @@ def test_a_dense_network_that_gives_nan_is_not_proved() -> None:
         psap.apply(model, plan)
 
 
+@pytest.mark.parametrize("name", ["body.weight", "norm.running_var", "head.bias"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_named(name: str, value: float) -> None:
+    model = nn.Sequential()
+    for key, module in {
+        "body": nn.Conv2d(3, 8, 3),
+        "norm": nn.BatchNorm2d(8),
+        "pool": nn.AdaptiveAvgPool2d(1),
+        "flat": nn.Flatten(),
+        "head": nn.Linear(8, 5),
+    }.items():
+        model.add_module(key, module)
+    plan = psap.plan(psap.trace(model, torch.zeros(2, 3, 8, 8)), ratio=0.5)
+    model.state_dict()[name].view(-1)[0] = value
+    with pytest.raises(psap.VerificationError, match=rf"^{name} holds values that are not finite"):
+        psap.apply(model, plan)
+    assert psap.apply(model, plan, check=False).model.body.out_channels == 4
+
+
 def test_a_dense_network_that_cannot_do_float64_says_so() -> None:
     net = Net(lambda m, x: m.b(F.relu(m.a(x)).float()), a=conv(3, 8), b=conv(8, 4))
     plan = psap.plan(psap.trace(net, image().float()), ratio=0.5)

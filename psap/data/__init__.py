@@ -57,7 +57,7 @@ def load(
     if name == "digits":
         return load_digits(seed=seed, batch_size=batch_size, val_share=val_share)
     if data_dir is None:
-        raise ArgumentError(f"data_dir is None; pass the folder that holds {name}")
+        raise ArgumentError(f"data_dir is None; pass the folder that holds {name} (--data-dir)")
     if name == "cifar10":
         return load_cifar10(data_dir, seed=seed, batch_size=batch_size, val_share=val_share)
     return load_imagefolder(

@@ -31,8 +31,8 @@ _INTRO = {
     "sparsity": "The share of a group's weights that are small against their layer's spread. The"
     " sparser a group is, the more of it each prune step takes.",
     "channels": "One cell per channel of every group of channels that must be pruned together."
-    " A pruned channel waits behind an almost closed gate; one whose gradient says that it is"
-    " missed may come back.",
+    " A pruned channel waits behind an almost closed gate. It comes back if its group gets wider,"
+    " or, under supervision, if gradients say that it is missed.",
     "plain channels": "One cell per channel of every group of channels that must be pruned"
     " together.",
     "history": "Accuracy, loss and cost on one time axis.",
