@@ -36,9 +36,10 @@ class RunConfig:
         target_parameters: kept share of the parameters, in (0, 1].
         epochs: all of them together.
         dense_epochs: before pruning begins; by default a third of the epochs, or none with weights.
-        prune_epochs: in which the network is pruned; by default half of the others. The rest
-            trains the small network.
-        prune_steps: how often channels are pruned; by default 5, or as often as the epochs allow.
+        prune_epochs: in which the network is pruned; by default half of the others, at least 2. The
+            rest trains the small network.
+        prune_steps: how often channels are pruned; by default 5, or one less than ``prune_epochs``
+            if those are few.
         protect: "gate" keeps copies of pruned filters, "price" also keeps more where gradients say
             that they are missed, "pulse" also restores those that the gradients ask for, "none"
             just removes.
