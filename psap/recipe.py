@@ -135,7 +135,7 @@ def _read(path: Path_, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
         raise FileError(
-            f"{source} cannot be read: {error}; it is damaged, cut short or no file of psap.save"
+            f"{source} cannot be read: {error}; it is damaged or cut short, or no file of psap.save"
         ) from error
     if not isinstance(body, dict):
         raise FileError(
