@@ -68,7 +68,7 @@ def sort(
             copies[id(inner)] = inner
         elif not isinstance(friend, (torch.optim.Optimizer, torch.amp.GradScaler)):
             _check_holder(friend, optimizers, f"friends[{at}]")
-    return Friends(tuple(given), optimizers, names, tuple(copies.values()))
+    return Friends(given, optimizers, names, tuple(copies.values()))
 
 
 def listed(given: Any) -> tuple[Any, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -20,16 +20,11 @@ class Attending:
         self._calls: dict[type[nn.Module], tuple[nn.Module, Any, Any]] = {}
         self._found: list[tuple[type[nn.Module], Tensor]] = []
 
-    def note(self, channels: Tensor) -> None:
+    def note(self, call: Mapping[str, Any], channels: Tensor) -> None:
         """Keep the call of the module that runs, if it is the first one of its class."""
-        frame = sys._getframe(1)
-        while frame.f_code is not nn.Module._call_impl.__code__:
-            if frame.f_back is None:
-                return
-            frame = frame.f_back
-        module, own = frame.f_locals["self"], frame.f_locals
-        self._calls.setdefault(type(module), (module, own["args"], own["kwargs"]))
-        self._found.append((type(module), channels))
+        kind = type(call["self"])
+        self._calls.setdefault(kind, (call["self"], call["args"], call["kwargs"]))
+        self._found.append((kind, channels))
 
     def settle(self, labels: Labels) -> None:
         """Freeze channels of modules whose forward() may fix widths, and cannot be rewritten."""

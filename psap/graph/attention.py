@@ -54,8 +54,8 @@ def product(t: Tracer, x: Tensor, y: Tensor, out: Tensor) -> None:
 
 def _count(t: Tracer, channels: Tensor | None, macs: float) -> None:
     """Note what a product costs, of which each channel has an equal part, and where it is."""
-    if channels is not None:
-        t.attending.note(channels)
+    if channels is not None and (call := t.innermost()) is not None:
+        t.attending.note(call, channels)
     if channels is not None and t.counting:
         t.products.append((plain(channels), macs / channels.numel()))
     elif t.counting:

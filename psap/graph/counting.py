@@ -87,9 +87,9 @@ class Watch(NoDropout):
         return out
 
     def _note(self, name: str, tensors: list[Any]) -> None:
-        frame = next(self._tracer.running(), None)
-        module = None if frame is None else frame["self"]
-        if frame is None or (
+        call = self._tracer.innermost()
+        module = None if call is None else call["self"]
+        if call is None or (
             name.startswith("conv") and isinstance(module, nn.modules.conv._ConvNd)
         ):
             return  # the groups of a convolution of its own follow
@@ -104,4 +104,4 @@ class Watch(NoDropout):
                 sizes.touched(where, labels)
             elif view is not None:
                 sizes.named.add((where, view.name))
-        sizes.called(where, module, frame["args"], frame["kwargs"])
+        sizes.called(where, module, call["args"], call["kwargs"])

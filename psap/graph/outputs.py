@@ -73,13 +73,11 @@ class Inside(TorchFunctionMode):
 
     Args:
         tracer: a `psap.graph.trace.Tracer`.
-        model: what it traces.
     """
 
-    def __init__(self, tracer: Any, model: nn.Module) -> None:
+    def __init__(self, tracer: Any) -> None:
         super().__init__()
         self._tracer = tracer
-        self._model = model
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -98,7 +96,6 @@ class Inside(TorchFunctionMode):
 
     def _known(self) -> bool:
         """Whether graph mode has a program for a module whose heads have fixed widths."""
-        where = self._tracer.where()
-        module = self._model.get_submodule(where[-1]) if where else None
-        forward = getattr(type(module), "forward", None)
+        call = self._tracer.innermost()
+        forward = None if call is None else type(call["self"]).forward
         return forward is nn.MultiheadAttention.forward and not self._tracer.gated

@@ -237,11 +237,11 @@ class Tracer(QuietMode):
     def count_channels(self, labels: Tensor) -> None:
         """Note that the module that runs divides by the number of these channels."""
         self.counted.append(plain(labels))
-        frame = next(self.running(), None)
-        if frame is not None:
-            name = self.name_of(frame["self"])
+        call = self.innermost()
+        if call is not None:
+            name = self.name_of(call["self"])
             self.sizes.touched(name, labels)
-            self.sizes.called(name, frame["self"], frame["args"], frame["kwargs"])
+            self.sizes.called(name, call["self"], call["args"], call["kwargs"])
 
     # Who made what
 
@@ -318,28 +318,26 @@ class Tracer(QuietMode):
         if view is not None:
             self._claimed.add(view.name)
 
-    def where(self) -> tuple[str, ...]:
-        """The modules that run, outermost first."""
-        return tuple(self.name_of(frame["self"]) for frame in self.running())[::-1]
-
     def inside(self) -> str:
         """The innermost module that runs; "" for the model itself."""
-        return next((self.name_of(frame["self"]) for frame in self.running()), "")
+        call = self.innermost()
+        return "" if call is None else self.name_of(call["self"])
 
     def name_of(self, module: nn.Module) -> str:
         """The name of a module of the model."""
         return self._names[id(module)]
 
-    def running(self) -> Iterator[dict[str, Any]]:
-        """The calls of modules that run, innermost first: self, args and kwargs.
+    def innermost(self) -> dict[str, Any] | None:
+        """The call of the innermost module that runs: self, args and kwargs.
 
-        They are read off the stack: hooks would cost time in every call.
+        It is read off the stack: hooks would cost time in every call.
         """
         frame: FrameType | None = sys._getframe(1)
         while frame is not None and frame.f_code is not run.__code__:
             if frame.f_code is _CALL and id(frame.f_locals["self"]) in self._names:
-                yield frame.f_locals
+                return frame.f_locals
             frame = frame.f_back
+        return None
 
 
 _CALL = nn.Module._call_impl.__code__
@@ -366,7 +364,7 @@ def run(tracer: Tracer, model: nn.Module, inputs: tuple[Any, ...], training: boo
     try:
         with (
             _eager(),
-            Inside(tracer, model),
+            Inside(tracer),
             Watch(tracer),
             torch.inference_mode(False),  # which turns gradients on
             torch.no_grad(),
