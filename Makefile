@@ -26,6 +26,9 @@ new_venv = $(PYTHON) -m venv $(1)
 install = $(1)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 endif
 
+say_what_is_missing = $(1)/python -I -c "import psap_kernels; mend = psap_kernels.build_info()['mend']; \
+	mend and print('Without compiled kernels: psap runs on the slower reference. To mend it:', mend)"
+
 # setuptools first: older ones know neither bdist_wheel nor licence expressions; then torch, since the
 # extension builds against the torch it will run with (no build isolation).
 TOOLS := "setuptools>=77" wheel
@@ -57,8 +60,7 @@ $(TORCH_READY):
 
 $(READY): $(TORCH_READY) $(NATIVE)
 	$(call install,$(VENV)) --no-build-isolation --editable ".[dev]"
-	@$(BIN)/python -c "import psap_kernels; mend = psap_kernels.build_info()['mend']; \
-	mend and print('Without compiled kernels: psap runs on the slower reference. To mend it:', mend)"
+	@$(call say_what_is_missing,$(BIN))
 	touch $@
 
 setup: $(READY)
@@ -91,6 +93,7 @@ $(ZOO_TORCH_READY):
 $(ZOO_READY): $(ZOO_TORCH_READY) $(SOURCES)
 	rm -rf build/lib*
 	TORCH_CUDA_ARCH_LIST="$(ZOO_CUDA_ARCH)" $(call install,$(ZOO)) --no-build-isolation ".[test]"
+	@$(call say_what_is_missing,$(ZOO_BIN))
 	touch $@
 
 # pytest's exit code 5: no test was selected; then the import alone is the test.

@@ -7,6 +7,7 @@ PSAP_REQUIRE_EXT=1 makes what cannot be built an error; TORCH_CUDA_ARCH_LIST, MA
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -81,6 +82,23 @@ def files(pattern: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
 
 
+def toolkit(home: str | None) -> str | None:
+    """Return the folder of the CUDA toolkit.
+
+    PyTorch takes it to be above the nvcc on PATH; where that one is a script that calls the real
+    one, the libraries are elsewhere, and nvcc says where it runs.
+    """
+    if home is None or any(Path(home, lib, "libcudart.so").exists() for lib in ("lib64", "lib")):
+        return home
+    try:
+        dry = [str(Path(home, "bin", "nvcc")), "--dryrun", "-x", "cu", os.devnull]
+        said = subprocess.run(dry, capture_output=True, text=True, check=False).stderr
+    except OSError:
+        return home
+    tops = [line.partition("TOP=")[2] for line in said.splitlines() if "TOP=" in line]
+    return str(Path(tops[0]).resolve()) if tops else home
+
+
 def cuda_module(cpp: Any, common: dict[str, Any]) -> Extension:
     """Return the CUDA part, which knows the architectures that it is compiled for."""
     # PyTorch's default is the GPU of this machine, and there may be none.
@@ -102,6 +120,7 @@ def extension_modules() -> tuple[list[Extension], dict[str, Any]]:
     except ImportError as error:
         wanted = parts_to_build(os.environ, torch_cuda=None, has_nvcc=False, has_cuda_sources=False)
         return warn(f"torch cannot be imported ({error})" if wanted else "PSAP_NO_EXT=1")
+    cpp.CUDA_HOME = toolkit(cpp.CUDA_HOME)
     parts = parts_to_build(
         os.environ,
         torch_cuda=torch.version.cuda,

@@ -47,6 +47,22 @@ def test_parts_to_build(setup, env, facts, parts):
     assert setup.parts_to_build(env, **{**EVERYTHING, **facts}) == parts
 
 
+@pytest.mark.parametrize("says", ["#$ TOP={real}/bin/..", "nothing of use"])
+def test_the_toolkit_behind_a_script_named_nvcc(setup, tmp_path, says):
+    real, path = tmp_path / "cuda-13.0", tmp_path / "local"
+    for folder in (real / "lib", real / "bin", path / "bin"):
+        folder.mkdir(parents=True)
+    script = path / "bin" / "nvcc"
+    script.write_text(f"#!/bin/sh\necho '{says.format(real=real)}' >&2\n")
+    script.chmod(0o755)
+    assert setup.toolkit(str(path)) == str(real if "TOP" in says else path)
+    (path / "lib").mkdir()
+    (path / "lib" / "libcudart.so").touch()
+    assert setup.toolkit(str(path)) == str(path)
+    assert setup.toolkit(None) is None
+    assert setup.toolkit(str(tmp_path / "none")) == str(tmp_path / "none")
+
+
 @pytest.mark.parametrize(
     ("env", "facts", "match"),
     [
