@@ -42,12 +42,13 @@ def warn_unsafe(model: nn.Module) -> None:
 
     Warns:
         PsapWarning: a strided 1x1 convolution has too few input channels, and the model is in
-            channels_last.
+            channels_last on a CPU.
     """
     modules = dict(model.named_modules())
     names = [n for n in strided_pointwise(model) if modules[n].weight.shape[1] < LANES]
     last = any(
         p.dim() == 4
+        and p.device.type == "cpu"
         and p.is_contiguous(memory_format=torch.channels_last)
         and not p.is_contiguous()
         for p in model.parameters()

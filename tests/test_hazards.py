@@ -42,6 +42,7 @@ def test_says_nothing_where_it_is_safe() -> None:
         apply(net(), torch.contiguous_format)
         apply(net(32), torch.channels_last)
         apply(net(), torch.channels_last, min_channels=16)
+        hazards.warn_unsafe(net(8).to("meta", memory_format=torch.channels_last))
         hazards.warn_unsafe(net(8).double().to(memory_format=torch.channels_last))
 
 
