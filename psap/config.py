@@ -78,8 +78,8 @@ class Config:
         sparsity_alpha: a weight is sparse if ``|w| < sparsity_alpha * std(layer)``.
         sparsity_power: exponent of the sparsity ratio in the pruning ratio.
         sparsity_ema: weight of the past in the moving average of the sparsity ratio.
-        stream_factor: factor on the pruning ratio of groups with several producers (residual
-            streams).
+        stream_power: rho; the pruning ratio of a group whose channels M layers make together (a
+            residual stream) is divided by ``M ** rho``; 0 treats it like any other, at most 4.
         max_ratio: no group loses a larger share of its channels.
         min_channels: no group keeps fewer channels.
         round_to: kept widths are multiples of this where the group allows.
@@ -115,7 +115,7 @@ class Config:
     sparsity_alpha: float = 0.5
     sparsity_power: float = 2.0
     sparsity_ema: float = 0.5
-    stream_factor: float = 1.0
+    stream_power: float = 1.0
     max_ratio: float = 0.9
     min_channels: int = 2
     round_to: int = 1
@@ -146,11 +146,12 @@ class Config:
         for name in ("min_channels", "round_to"):
             _whole("Config", name, getattr(self, name), 1)
         share = "in [0, 1]"
-        for name in ("sparsity_ema", "max_ratio", "restore_share", "gate_eps", "stream_factor"):
+        for name in ("sparsity_ema", "max_ratio", "restore_share", "gate_eps"):
             _real("Config", name, getattr(self, name), 0.0, 1.0, share)
         not_negative = ("sparsity_alpha", "sparsity_power", "price_power")
         for name in (*not_negative, "z_threshold", "restore_bonus"):
             _real("Config", name, getattr(self, name), 0.0, 1e6, ">= 0")
+        _real("Config", "stream_power", self.stream_power, 0.0, 4.0, "in [0, 4]")
         _real("Config", "price_limit", self.price_limit, 1.0, 1e6, ">= 1")
         for name in ("progressive", "verify"):
             if not isinstance(value := getattr(self, name), bool):

@@ -45,7 +45,7 @@ class RunConfig:
             just removes.
         progressive: cut the network between prune steps, too, instead of once, so that the
             training is faster.
-        stream_factor: factor on the pruning ratio of residual streams.
+        stream_power: the ratio of a residual stream of M layers is divided by M to this power.
         min_channels: no group of channels becomes smaller.
         round_to: widths are multiples of this.
         lr: peak learning rate of SGD with Nesterov momentum. It decays by a cosine over the dense
@@ -83,7 +83,7 @@ class RunConfig:
     prune_steps: int | None = None
     protect: Literal["gate", "price", "pulse", "none"] = "gate"
     progressive: bool = False
-    stream_factor: float = 1.0
+    stream_power: float = 1.0
     min_channels: int = 2
     round_to: int = 1
     lr: float = 0.05
@@ -173,7 +173,7 @@ class RunConfig:
             interval=(self.phases()[1] - 1) // self.steps(),
             protect=self.protect,
             progressive=self.progressive,
-            stream_factor=self.stream_factor,
+            stream_power=self.stream_power,
             min_channels=self.min_channels,
             round_to=self.round_to,
         )

@@ -25,7 +25,7 @@ def test_defaults_are_those_of_the_method() -> None:
         "sparsity_alpha": 0.5,
         "sparsity_power": 2.0,
         "sparsity_ema": 0.5,
-        "stream_factor": 1.0,
+        "stream_power": 1.0,
         "max_ratio": 0.9,
         "min_channels": 2,
         "round_to": 1,
@@ -84,7 +84,7 @@ def test_a_target_needs_a_bound() -> None:
         psap.Target()
 
 
-SHARES = ("sparsity_ema", "max_ratio", "restore_share", "gate_eps", "stream_factor")
+SHARES = ("sparsity_ema", "max_ratio", "restore_share", "gate_eps")
 REALS = ("sparsity_alpha", "sparsity_power", "price_power", "z_threshold", "restore_bonus")
 COUNTS = ("prune_steps", "interval", "window", "min_channels", "round_to")
 CHOICES = ("schedule", "adapt", "protect", "score")
@@ -99,6 +99,8 @@ REFUSED: list[tuple[str, Any, type[Exception]]] = [
     *[("price_limit", v, psap.ArgumentError) for v in (0.9, 0, -1, math.nan, math.inf)],
     *[(n, v, psap.ArgumentError) for n in CHOICES for v in ("x", None, "", ["l2"], 3)],
     *[("target", v, psap.ArgumentTypeError) for v in (0.5, None, {"macs": 0.5})],
+    *[("stream_power", v, psap.ArgumentError) for v in (-0.1, 4.1, math.nan, math.inf)],
+    *[("stream_power", v, psap.ArgumentTypeError) for v in ("1", None, True)],
     *[("verify", v, psap.ArgumentTypeError) for v in ("no", None, 1)],
 ]
 

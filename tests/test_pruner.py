@@ -321,14 +321,26 @@ def test_both_bounds_hold_and_the_parameter_bound_alone() -> None:
 
 
 @pytest.mark.filterwarnings(r"ignore:finish\(\) makes up:psap.PsapWarning")
-def test_the_stream_factor_spares_residual_streams() -> None:
+def test_streams_are_spared_by_the_layers_that_make_them() -> None:
     widths = {}
-    for factor in (1.0, 0.3):
-        _, _, pruner = make("residual", stream_factor=factor)
+    for power in (0.0, 1.0):
+        _, _, pruner = make("residual", stream_power=power)
         pruner.finish()
-        widths[factor] = pruner.events[-1].widths
-    assert widths[0.3]["stem"] > widths[1.0]["stem"]
-    assert widths[0.3]["conv1"] < widths[1.0]["conv1"]
+        widths[power] = pruner.events[-1].widths
+    assert widths[1.0]["stem"] > widths[0.0]["stem"]
+    assert widths[1.0]["conv1"] < widths[0.0]["conv1"]
+
+
+def test_a_depthwise_convolution_makes_no_stream() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1), nn.Conv2d(4, 2, 1)
+    )
+    graph = psap.trace(net, torch.randn(1, 3, 8, 8))
+    assert graph.groups[0].producers == ("0.weight", "1.weight")
+    assert selection.summands(graph).tolist() == [1, 1]
+    graph = psap.trace(NETS["residual"](), inputs())
+    found = {g.name: int(m) for g, m in zip(graph.groups, selection.summands(graph), strict=True)}
+    assert found == {"stem": 2, "conv1": 1, "conv3": 2}
 
 
 @pytest.mark.filterwarnings(r"ignore:finish\(\) makes up:psap.PsapWarning")
