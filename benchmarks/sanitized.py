@@ -42,14 +42,14 @@ def moved(tensor: Tensor, device: str) -> Tensor:
 def ops(dtype: torch.dtype, device: str) -> dict[str, list[Tensor]]:
     """The results of every op on the backend in force, in a fixed order, on the CPU."""
     torch.manual_seed(0)
-    w, g = inputs(dtype, device), inputs(dtype, device)
-    g = [moved(a.cpu().contiguous(), device) for a in g]
+    w, plain = inputs(dtype, device), [t.contiguous() for t in inputs(dtype, "cpu")]
+    g = [moved(t, device) for t in plain]
     tau = torch.full((len(w),), 0.5).to(device)
     stats = psap_kernels.layer_stats(w, g, tau=tau, per_input=True)
     alone = psap_kernels.layer_stats(w, tau=tau)
     # More layers than fit into the arguments of a kernel.
     many = list(torch.randn(600, 2, 5).to(dtype).to(device).unbind())
-    of_many = psap_kernels.layer_stats(many, many)
+    of_many = psap_kernels.layer_stats(many, many, tau=torch.zeros(600).to(device))
     assert stats.input_weight_grad is not None
     rows = [torch.arange(0, len(t), 2).to(device) for t in w]
     columns = [torch.arange(0, t.shape[1], 2).to(device) if t.dim() > 1 else None for t in w]
@@ -59,7 +59,7 @@ def ops(dtype: torch.dtype, device: str) -> dict[str, list[Tensor]]:
     torch.manual_seed(0)
     restored = inputs(dtype, device)
     psap_kernels.zero_filters_(zeroed, keep)
-    saved = [moved(t.cpu()[r.cpu()].contiguous(), device) for r, t in zip(rows, g, strict=True)]
+    saved = [t[::2].to(device) for t in plain]
     psap_kernels.restore_filters_(restored, rows, saved)
     channels = sum(map(len, w))
     terms = [(k, i, i) for k, t in enumerate(w) for i in range(len(t))]
