@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from benchmarks import registry, roofline, rows
+from benchmarks import registry, roofline
 from psap_kernels import _load
 
 BENCHMARKS = ("stats", "shrink", "supervise", "histogram", "host")
@@ -125,9 +125,10 @@ def table(found: list[dict[str, Any]]) -> str:
             ratios,
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    what = rows.machine()
-    return "\n".join([f"{what['gpu'] or what['cpu']}, torch {what['torch']}, {what['date']}", "",
-                      *lines, ""])  # fmt: skip
+    where = dict.fromkeys(
+        f"{row['gpu'] or row['cpu']}, torch {row['torch']}, {row['date']}" for row in found
+    )
+    return "\n".join([*where, "", *lines, ""])
 
 
 def sanitizer() -> str | None:

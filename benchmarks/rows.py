@@ -96,10 +96,10 @@ def write(name: str, row: Mapping[str, Any], folder: Path | None = None) -> dict
 
 
 def read(folder: Path = RESULTS) -> list[dict[str, Any]]:
-    """All rows of a folder, in the order of files and lines."""
+    """All rows of a folder and those inside, in the order of files and lines."""
     return [
         json.loads(line)
-        for path in sorted(folder.glob("*.jsonl"))
+        for path in sorted(folder.rglob("*.jsonl"))
         for line in path.read_text().splitlines()
     ]
 
@@ -107,7 +107,7 @@ def read(folder: Path = RESULTS) -> list[dict[str, Any]]:
 def faults(folder: Path = RESULTS) -> list[str]:
     """What is wrong with the rows of a folder, one line a fault."""
     found = []
-    for path in sorted(folder.glob("*.jsonl")):
+    for path in sorted(folder.rglob("*.jsonl")):
         for number, line in enumerate(path.read_text().splitlines(), 1):
             try:
                 row = json.loads(line)

@@ -75,7 +75,7 @@ def ops(dtype: torch.dtype, device: str) -> dict[str, list[Tensor]]:
             for x in (each.filter_sums, each.filter_counts, each.layer_sums, each.layer_counts)
         ],
         "layer_stats per input": [stats.input_weight_grad],
-        "abs_histogram": [psap_kernels.abs_histogram(w, bins=2048)],
+        "abs_histogram": [psap_kernels.abs_histogram(w, scales=torch.ones(len(w)).to(device))],
         "gate_stats_": [sums, seen],
         "shrink": psap_kernels.shrink(w, rows, columns),
         "zero_filters_": zeroed,

@@ -117,6 +117,13 @@ def stats_arguments(weights: list[Tensor], grads: list[Tensor], tau: Tensor) -> 
     shape("tau", None, tau, (len(weights),), "pass one threshold for each weight")
 
 
+def readable(tensor: Tensor) -> bool:
+    """Whether values can be looked at: not while torch.compile traces or a CUDA graph captures."""
+    if torch.compiler.is_compiling() or tensor.is_meta:
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def index_list(name: str, i: int, index: Tensor, device: torch.device) -> None:
     """An int64 list of indices; ``index_ranges`` looks at the values."""
     same_device(name, i, index, device)
@@ -133,7 +140,7 @@ def index_ranges(name: str, lists: dict[int, Tensor], sizes: dict[int, int]) -> 
 
     All lists are looked at together: one by one, this would cost more than the kernel does.
     """
-    if torch.compiler.is_compiling() or not lists or next(iter(lists.values())).is_meta:
+    if not lists or not readable(next(iter(lists.values()))):
         return
     lengths = torch.tensor([index.shape[0] for index in lists.values()], device="cpu")
     limits = torch.tensor([sizes[i] for i in lists], device="cpu").repeat_interleave(lengths)
@@ -177,7 +184,7 @@ def zero_arguments(tensors: list[Tensor], keep: list[Tensor]) -> None:
 
 
 def _repeats(index: Tensor) -> bool:
-    if torch.compiler.is_compiling() or index.is_meta:
+    if not readable(index):
         return False
     return bool(index.unique().numel() != index.numel())
 
@@ -258,7 +265,7 @@ def gate_arguments(
                 )
         wanted_shape = (grad.shape[0], *value.shape[1:])
         shape("grads", k, grad, wanted_shape, "its rows must be shaped like those of its value")
-    if not torch.compiler.is_compiling() and not sums.is_meta:
+    if readable(sums):
         _gate_indices(values, grads, terms.cpu(), offsets.cpu())
 
 

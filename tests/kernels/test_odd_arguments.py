@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+import types
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from psap_kernels import (
+    _checks,
     abs_histogram,
     abs_quantile,
     gate_stats_,
@@ -212,3 +214,12 @@ def test_masks_and_positions_are_told_apart():
     with pytest.raises(TypeError, match=r"pass a mask, torch\.isin\(torch\.arange\(n\), positions"):
         zero_filters_([weight], [mask.nonzero().flatten()])
     assert bool((weight == 1).all())
+
+
+def test_values_are_not_read_while_a_graph_is_captured(monkeypatch):
+    captured = types.SimpleNamespace(is_meta=False, is_cuda=True)
+    for capturing in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda now=capturing: now)
+        assert _checks.readable(captured) is not capturing
+        assert _checks.readable(x())
+    assert not _checks.readable(x().to("meta"))
