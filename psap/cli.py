@@ -275,6 +275,7 @@ def _groups(graph: Graph) -> tuple[Table, Table]:
     import numpy as np
 
     from psap.cost import CostModel
+    from psap.graph.parts import part
 
     cost = CostModel(graph)
     table = Table(
@@ -290,7 +291,9 @@ def _groups(graph: Graph) -> tuple[Table, Table]:
     for group, share in zip(graph.groups, through, strict=True):
         others = len(group.layers) - SHOWN
         layers = ", ".join(group.layers[:SHOWN]) + (f" and {others} more" if others > 0 else "")
-        table.add_row(escape(group.name), str(group.size), f"{share:.1%}", escape(layers))
+        found = part(graph, group)
+        size = f"{group.size} ({found})" if found else str(group.size)
+        table.add_row(escape(group.name), size, f"{share:.1%}", escape(layers))
     alone = Table("layer", "reason", title=f"{len(graph.left_alone)} layers left alone")
     for layer, reason in graph.left_alone.items():
         alone.add_row(escape(layer), escape(reason))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from psap.cost import Cost
 from psap.errors import ArgumentError, ArgumentTypeError
-from psap.planfile import packed
+from psap.graph.parts import packed
 
 if TYPE_CHECKING:
     from psap.plans import Plan
@@ -27,6 +27,7 @@ class GroupDiff:
         first: indices that only the first plan removes, ascending.
         second: indices that only the second plan removes, ascending.
         both: how many both remove.
+        part: which channels of its layer the group is, if not all; indices count within the group.
     """
 
     name: str
@@ -34,6 +35,7 @@ class GroupDiff:
     first: tuple[int, ...]
     second: tuple[int, ...]
     both: int
+    part: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class PlanDiff:
                 if found
             ]
             tail = f"; both remove {group.both}" if group.both else ""
+            tail += f"  (counted within {group.part})" if group.part else ""
             lines.append(f"  {group.name:<{width}}  {group.size:>5}  {'; '.join(parts)}{tail}")
         return "\n".join(lines)
 
@@ -128,6 +131,6 @@ def diff(first: Plan, second: Plan) -> PlanDiff:
         if kept != other:
             both = group.size - len(kept | other)
             only = tuple(sorted(other - kept)), tuple(sorted(kept - other))
-            groups.append(GroupDiff(group.name, group.size, *only, both))
+            groups.append(GroupDiff(group.name, group.size, *only, both, group.part))
     same = len(first.groups) - len(groups)
     return PlanDiff(tuple(groups), same, first.before, first.after, second.after)

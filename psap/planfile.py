@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from psap.cost import Cost, LayerCost
 from psap.errors import ArgumentTypeError, FileError
+from psap.graph.parts import packed
 from psap.plans import GroupPlan, InputSpec, Plan, SidePlan
 
 FORMAT = "psap-plan"
@@ -18,17 +19,6 @@ VERSION = 1
 MOST_POSITIONS = 1 << 26
 """A plan read from text may not list more positions than this (a guard against bombs)."""
 ROLES = ("out", "in", "cut", "state", "slope")
-
-
-def packed(indices: Sequence[int]) -> str:
-    """Ascending indices as ranges, such as "0-3,7"."""
-    runs: list[list[int]] = []
-    for i in indices:
-        if runs and i == runs[-1][1] + 1:
-            runs[-1][1] = i
-        else:
-            runs.append([i, i])
-    return ",".join(f"{a}-{b}" if b > a else f"{a}" for a, b in runs)
 
 
 def _damaged(where: str) -> FileError:
@@ -88,8 +78,7 @@ def to_json(plan: Plan) -> str:
         "version": VERSION,
         "architecture": plan.architecture,
         "groups": [
-            {"name": g.name, "size": g.size, "kept": packed(g.kept), "layers": list(g.layers)}
-            for g in plan.groups
+            {**vars(g), "kept": packed(g.kept), "layers": list(g.layers)} for g in plan.groups
         ],
         "sides": [
             {"name": s.name, "dim": s.dim, "role": s.role, "size": s.size, "kept": packed(s.kept)}
@@ -152,7 +141,8 @@ def _group(body: Mapping[str, Any], reader: _Reader) -> GroupPlan:
     if not isinstance(layers, list) or not all(isinstance(layer, str) for layer in layers):
         raise _damaged(name)
     kept = reader.unpack(body, name)
-    return GroupPlan(name, body["size"], kept, tuple(layers))
+    part = _text(body, "part") if "part" in body else ""  # older plans do not say it
+    return GroupPlan(name, body["size"], kept, tuple(layers), part)
 
 
 def _side(body: Mapping[str, Any], reader: _Reader) -> SidePlan:

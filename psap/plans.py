@@ -15,6 +15,7 @@ from psap.config import Target
 from psap.cost import KINDS, Budget, Cost, CostModel, LayerCost
 from psap.errors import ArgumentError, ArgumentTypeError, TargetError
 from psap.graph import Graph
+from psap.graph.parts import part
 
 if TYPE_CHECKING:
     from psap.latency import LatencyTable
@@ -30,12 +31,15 @@ class GroupPlan:
         size: channels before.
         kept: indices within the group that stay, ascending.
         layers: modules that shrink with it.
+        part: which channels of the layer that it is named after it is, such as "channels 4-11 of
+            16"; "" if it is all of them.
     """
 
     name: str
     size: int
     kept: tuple[int, ...]
     layers: tuple[str, ...]
+    part: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -128,9 +132,10 @@ class Plan:
             gone = group.size - len(group.kept)
             others = [name for name in group.layers if name != group.name]
             tail = f"  with {', '.join(others[:4])}" + (" ..." if len(others) > 4 else "")
+            part = f"  of {group.part}" if group.part else ""
             lines.append(
                 f"  {group.name:<{width}}  {group.size:>5} -> {len(group.kept):>5}  "
-                f"({gone} removed){tail if others else ''}"
+                f"({gone} removed){part}{tail if others else ''}"
             )
         if self.left_alone:
             lines.append("left alone:")
@@ -196,7 +201,7 @@ def from_masks(graph: Graph, kept: Sequence[Sequence[int]], cost: CostModel | No
     return Plan(
         architecture=fingerprint(graph.model),
         groups=tuple(
-            GroupPlan(g.name, g.size, tuple(int(i) for i in k), g.layers)
+            GroupPlan(g.name, g.size, tuple(int(i) for i in k), g.layers, part(graph, g))
             for g, k in zip(graph.groups, kept, strict=True)
         ),
         sides=tuple(sides),

@@ -91,8 +91,7 @@ def build(
         "environment": environment(),
         "config": dict(config if config is not None else result.report.get("config", {})),
         "groups": [
-            {"name": g.name, "size": g.size, "kept": list(g.kept), "layers": list(g.layers)}
-            for g in plan.groups
+            {**vars(g), "kept": list(g.kept), "layers": list(g.layers)} for g in plan.groups
         ],
         "layers": [_layer(owner, before, after) for before, after in plan.layers],
         "left_alone": [{"layer": k, "reason": why} for k, why in plan.left_alone.items()],

@@ -45,7 +45,7 @@ def test_as_json() -> None:
     assert json.loads(first.diff(second).to_json()) == {
         "format": "psap-plan-diff",
         "version": 1,
-        "groups": [{"name": "0", "size": 8, "first": "", "second": "1,3-7", "both": 0}],
+        "groups": [{"name": "0", "size": 8, "first": "", "second": "1,3-7", "both": 0, "part": ""}],
         "same": 1,
         "before": vars(first.before),
         "first": vars(first.after),

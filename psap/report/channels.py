@@ -8,7 +8,7 @@ from itertools import groupby
 from psap.report import svg
 from psap.report.fates import Fate, Life, lives, restored, tally
 from psap.report.record import Candidate, Group, Step, Window
-from psap.report.text import DASH, details, escape, ranges, scientific, shorten, table
+from psap.report.text import DASH, code, details, escape, ranges, scientific, shorten, table
 
 _PITCH, _CELL = 12, 10
 _SCROLL = 80
@@ -74,7 +74,8 @@ def _map(
     back = sum(life.fate is Fate.RESTORED for life in fates)
     extra = f'<b class="restored" title="{back} restored">+{back}</b>' if back else ""
     name = f'<code title="{escape(group.name)}">{escape(shorten(group.name, 26))}</code>'
-    return f'<div class="group"><p>{name}<span>{note}</span>{extra}</p>{drawing}</div>'
+    part = f"<small>{escape(group.part)}</small>" if group.part else ""
+    return f'<div class="group"><p>{name}<span>{note}</span>{extra}{part}</p>{drawing}</div>'
 
 
 def _legend(every: Sequence[Sequence[Life]], steps: Sequence[Step]) -> str:
@@ -110,7 +111,7 @@ def _fate_table(groups: Sequence[Group], every: Sequence[Sequence[Life]]) -> str
             ranges(i for i, life in enumerate(fates) if life.fate is fate)
             for fate in (Fate.RESTORED, Fate.RETURNED, Fate.PRUNED_AGAIN)
         ]
-        rows.append([f"<code>{escape(group.name)}</code>", ranges(group.kept), gone, *picked])
+        rows.append([code(group.name, group.part), ranges(group.kept), gone, *picked])
     head = ["group", "<kept", "<pruned", "<restored", "<by the ranking", "<pruned again"]
     return details("All channels as a table", table(head, rows))
 
@@ -190,5 +191,10 @@ def section(groups: Sequence[Group], steps: Sequence[Step], windows: Sequence[Wi
     if len(groups) > _SCROLL:
         drawing = f'<div class="tall">{drawing}</div>'
     told = _came_back(tally(groups, steps, windows)) if steps or windows else ""
+    if any(group.part for group in groups):
+        told += (
+            "<p>A group that is a part of a layer says which channels of the layer it is; its own"
+            " are counted from 0.</p>"
+        )
     tables = _fate_table(groups, every) + supervision(groups, windows)
     return _legend(every, steps) + drawing + told + tables

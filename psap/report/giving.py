@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from psap.report.record import Group, Step, Window
-from psap.report.text import DASH, details, escape, percent, plain_number, table
+from psap.report.text import DASH, code, details, escape, percent, plain_number, table
 
 _SHOWN = 3  # groups of a step
 
@@ -13,6 +13,7 @@ _SHOWN = 3  # groups of a step
 def most(groups: Sequence[Group], steps: Sequence[Step], windows: Sequence[Window]) -> str:
     """The groups that gave most at each step, with what decided it; empty if it is not known."""
     sizes = {group.name: group.size for group in groups}
+    parts = {group.name: group.part for group in groups}
     factors: Mapping[str, float | None] = {}
     rows, before = [], dict[str, float | None](sizes)
     for step in steps:
@@ -24,7 +25,7 @@ def most(groups: Sequence[Group], steps: Sequence[Step], windows: Sequence[Windo
                 [
                     str(step.step),
                     percent(step.macs_share),
-                    f"<code>{escape(name)}</code>",
+                    code(name, parts[name]),
                     percent(-amount),
                     f"{_width(before, name)} → {_width(step.widths, name)}",
                     percent(step.sparsity_ema.get(name)),

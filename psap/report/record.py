@@ -21,13 +21,14 @@ MAX_CHANNELS = 1_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Channels that are pruned together. ``reason`` says why they are left alone, if they are."""
+    """Channels that are pruned together. ``reason``: why not; ``part``: which of the layer's."""
 
     name: str
     size: int
     kept: frozenset[int]
     reason: str | None
     layers: tuple[str, ...]
+    part: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,6 +242,7 @@ def _groups(record: Mapping[str, Any]) -> tuple[Group, ...]:
                 kept=_indices(_need(entry, "kept", where), f"{where}.kept", size),
                 reason=None if reason is None else _string(reason, f"{where}.reason"),
                 layers=tuple(_string(name, f"{where}.layers") for name in layers),
+                part=_string(_optional(entry, "part", ""), f"{where}.part"),
             )
         )
     return tuple(found)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from psap.report import svg
 from psap.report.giving import most, prices
 from psap.report.record import Group, Step, Window
-from psap.report.text import DASH, details, escape, percent, shorten, table
+from psap.report.text import DASH, code, details, escape, percent, shorten, table
 
 _SMALL_MULTIPLES = 12  # groups up to which each has a picture of its own
 _NUMBERS = 8  # steps up to which the cells of the heat map carry numbers
@@ -27,8 +27,9 @@ def followed(groups: Sequence[Group], steps: Sequence[Step]) -> list[Group]:
 
 def _hint(group: Group, step: Step) -> str:
     name = group.name
+    part = f"\n{group.part}" if group.part else ""
     return (
-        f"{name}, step {step.step}\nsparsity ratio {percent(step.sparsity.get(name))}"
+        f"{name}, step {step.step}{part}\nsparsity ratio {percent(step.sparsity.get(name))}"
         f"\nmoving average {percent(step.sparsity_ema.get(name))}"
         f"\npruned {percent(pruning_ratio(group, step))}"
     )
@@ -76,7 +77,9 @@ def _panel(group: Group, steps: Sequence[Step], identity: str) -> str:
     )
     caption = (
         f'<figcaption><code title="{escape(group.name)}">{escape(shorten(group.name, 24))}</code>'
-        f"<span>{group.size} → {len(group.kept)}</span></figcaption>"
+        f"<span>{group.size} → {len(group.kept)}</span>"
+        + (f"<small>{escape(group.part)}</small>" if group.part else "")
+        + "</figcaption>"
     )
     return f"<figure>{caption}{picture}</figure>"
 
@@ -89,6 +92,11 @@ def _multiples(groups: Sequence[Group], steps: Sequence[Step]) -> str:
     )
     panels = [_panel(group, steps, f"sparsity-{i}") for i, group in enumerate(groups)]
     return f'{legend}<div class="multiples">{"".join(panels)}</div>'
+
+
+def _label(group: Group) -> str:
+    """A group's name beside its row; the hover text says which part of a layer it is."""
+    return shorten(group.name, 22) + (" (part)" if group.part else "")
 
 
 def _heat_row(
@@ -127,7 +135,7 @@ def _heat_row(
                     f"{100 * value:.0f}", svg.across(x + slot / 2), y + height / 2, ink
                 )
             parts.append(rect + text)
-    parts.append(svg.label(shorten(group.name, 22), -10, y + height / 2, "name end mid"))
+    parts.append(svg.label(_label(group), -10, y + height / 2, "name end mid"))
     return svg.tag("g", "".join(parts), class_="row")
 
 
@@ -155,7 +163,7 @@ def _heat_map(groups: Sequence[Group], steps: Sequence[Step]) -> str:
         description=f"{len(groups)} groups as rows, {len(steps)} prune steps as columns, sparsity"
         " on the left, pruning ratio on the right. The table below has the numbers.",
         height=top + len(groups) * (height + 1) + 2,
-        left=18 + 7.0 * max(len(shorten(group.name, 22)) for group in groups),
+        left=18 + 7.0 * max(len(_label(group)) for group in groups),
     )
     legend = (
         f'<p class="legend"><span>columns are prune steps; colours of the left half run from'
@@ -173,7 +181,7 @@ def _step_table(groups: Sequence[Group], steps: Sequence[Step]) -> str:
             width = step.widths.get(name)
             rows.append(
                 [
-                    f"<code>{escape(name)}</code>",
+                    code(name, group.part),
                     str(step.step),
                     percent(step.sparsity.get(name)),
                     percent(step.sparsity_ema.get(name)),

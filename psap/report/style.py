@@ -96,14 +96,16 @@ svg .step-name{font-size:11px;fill:var(--muted)}
 .reference{stroke:var(--muted);stroke-width:1;stroke-dasharray:5 4}
 .whisker{stroke:var(--ink);stroke-width:1.25}
 .tall{max-height:75vh;overflow:auto;border:1px solid var(--line);border-radius:8px;padding:10px}
-.multiples{display:grid;grid-template-columns:repeat(auto-fill,minmax(212px,1fr));gap:26px 26px}
-.multiples figcaption{display:flex;justify-content:space-between;gap:8px;margin-bottom:10px;
-font-size:13px;color:var(--muted)}.multiples code{color:var(--ink)}
+.multiples{display:grid;grid-template-columns:repeat(auto-fill,minmax(212px,1fr));gap:26px 26px;
+align-items:end}
+.multiples figcaption{display:flex;flex-wrap:wrap;justify-content:space-between;gap:0 8px;
+margin-bottom:10px;font-size:13px;color:var(--muted)}.multiples code{color:var(--ink)}
+.multiples figcaption small{flex-basis:100%}
 .maps{display:grid;gap:9px}
 .group{display:grid;grid-template-columns:264px minmax(0,1fr);gap:16px;align-items:start}
 .group p{margin:0;font-size:13px;line-height:12px;color:var(--muted);display:grid;
 grid-template-columns:1fr max-content 22px;gap:0 10px;white-space:nowrap}
-.group code{color:var(--ink)}
+.group code{color:var(--ink)}.group small{grid-column:1/-1;line-height:16px}
 b.restored{color:var(--alarm);font-weight:650}
 .map{display:block;width:100%;height:auto;overflow:visible}
 .cells.kept{fill:var(--kept)}.cells.alone{fill:var(--before)}

@@ -24,6 +24,11 @@ def shorten(name: str, limit: int) -> str:
     return name if len(name) <= limit else "…" + name[1 - limit :]
 
 
+def code(name: str, part: str = "") -> str:
+    """A name as HTML, and behind it which part is meant, if not all."""
+    return f"<code>{escape(name)}</code>" + (f" <small>{escape(part)}</small>" if part else "")
+
+
 def plain_number(value: float | None, digits: int = 3) -> str:
     """A number with some significant digits, as plain text."""
     if value is None:
