@@ -179,13 +179,23 @@ CASES: dict[str, Case] = {
         alone=dict.fromkeys(("stem", "one", "two"), "lost in aten.add_"),
     ),
     "unit vectors": _case(unit_vectors, stem=8, one=10, last=6),
-    "cat with a constant": _case(cat_constant, stem=8, last=6, alone={"grid": "used by aten.exp"}),
+    "cat with a constant": _case(
+        cat_constant,
+        stem=8,
+        last=6,
+        alone={"grid": "grid keeps its shape: forward() computes with it by aten.exp"},
+    ),
     "one channel multiplied": _case(one_channel, stem=8, last=6, alone={"gate": "spreads it over"}),
     "one channel added": _case(
         one_channel_added, stem=8, last=6, alone={"shift": "spreads it over"}
     ),
     "weight standardisation": _case(
-        standardised, last=6, alone={"stem": "computed in forward", "w": "used by aten.mean"}
+        standardised,
+        last=6,
+        alone={
+            "stem": "computed in forward",
+            "w": "w keeps its shape: forward() computes with it by aten.mean",
+        },
     ),
     "weight norm": _case(lambda: parametrised(weight_norm, 10, 6), stem=8, one=10, two=6, last=6),
     "weight norm, depthwise": _case(

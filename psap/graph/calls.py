@@ -96,3 +96,25 @@ def tensors_in(values: Iterable[Any]) -> list[Tensor]:
         elif isinstance(value, (list, tuple)):
             found += tensors_in(value)
     return found
+
+
+PICKING = ("index", "index_select", "gather", "take", "embedding")
+"""Calls that take entries of a table by their numbers."""
+
+
+def why_whole(name: str, found: Schema) -> str:
+    """Why a parameter keeps its shape that a call reads, but no rule of it."""
+    told = f"{name} keeps its shape: forward() "
+    if found.name.removeprefix("aten.") in PICKING:
+        return f"{told}looks entries up in it by number ({found.name}), so all stay"
+    return (
+        f"{told}computes with it by {found.name}, and psap does not know which of its channels "
+        "then belong together"
+    )
+
+
+def why_lost(found: Schema, *, known: bool) -> str:
+    """Why channels stay that go into a call: it has no rule, or its rule gave none out."""
+    if known:
+        return f"lost in {found.name}, behind which psap cannot tell the channels apart"
+    return f"no rule for {found.name}, which may mix channels"

@@ -323,5 +323,7 @@ def _reasons(
             continue
         why = [frozen[c] for d in range(len(shape)) for c in roots.get((name, d), ())
                if c in frozen]  # fmt: skip
-        reasons.setdefault(owners[name] or name, why[0] if why else "not used in forward")
+        layer = owners[name] or name
+        at = layer if layer in reasons or name.endswith(".weight") else name  # a table is no layer
+        reasons.setdefault(at, why[0] if why else "not used in forward")
     return reasons
