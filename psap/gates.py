@@ -25,6 +25,7 @@ import psap_kernels
 from psap.errors import StateError
 from psap.graph import Graph, Side
 from psap.places import Places, Terms, block, owners_of
+from psap.steady import require_same
 
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
@@ -107,6 +108,11 @@ class Gates:
         """Copies or masks have changed: what is prepared for every step is made anew."""
         self._held: dict[bool, tuple[Places, list[Tensor], list[Tensor]]] = {}
         self._terms: Terms | None = None
+        self._kinds = [
+            (*self.owners[name], self.parameters[name], saved.values.dtype)
+            for (name, _), saved in self._saved.items()
+            if name in self.parameters
+        ]
 
     def _follow(self) -> None:
         """If the model has moved to another device, the copies and masks go with it."""
@@ -126,27 +132,25 @@ class Gates:
         tensor: Tensor = holder[key]
         return tensor.detach().movedim(dim, 0) if dim else tensor.detach()
 
-    def _require_same_model(self) -> None:
-        now = dict(self.graph.model.named_parameters())
-        owners = owners_of(self.graph.model)
-        for name, _ in (*self.makers, *self.states):
-            if name not in owners or now.get(name) is not self.parameters.get(name):
-                raise StateError(
-                    f"{name} is gone from the model; do not replace modules while pruning"
-                )
-        self.owners = owners
+    def require_same(self, *, quick: bool = False) -> None:
+        """Check that the model is the one that the gates lie on; ``quick``: where rows are saved.
+
+        Raises:
+            StateError: parameters were replaced, or are of another shape or dtype.
+        """
+        if quick and all(at[key] is p and p.dtype is kind for at, key, p, kind in self._kinds):
+            return
+        kinds = {name: saved.values.dtype for (name, _), saved in self.saved.items()}
+        require_same(self.graph.model, self.parameters, self.graph.shapes, kinds)
 
     def weights(self) -> dict[str, Tensor]:
         """All parameters, with saved rows in the place of gated ones, for scores."""
         result: dict[str, Tensor] = dict(self.parameters)
-        for side in self.gates:
-            saved = self.saved.get(side)
-            if saved is not None and side[0] in self._weights:
-                whole = self.parameters[side[0]].detach().clone()
-                psap_kernels.restore_filters_(
-                    [whole.movedim(side[1], 0)], [saved.rows], [saved.values]
-                )
-                result[side[0]] = whole
+        for name, dim in self.gates:
+            saved = self.saved.get((name, dim))
+            if saved is not None and name in self._weights:
+                whole = result[name] = self.parameters[name].detach().clone()
+                psap_kernels.restore_filters_([whole.movedim(dim, 0)], [saved.rows], [saved.values])
         return result
 
     # Closing and opening
@@ -160,11 +164,10 @@ class Gates:
         Args:
             alive: bool [channels], False for every pruned channel.
         """
-        self._require_same_model()
+        self.owners = owners_of(self.graph.model)
         self._follow()
         for side in (*self.makers, *self.states):
-            rows = np.flatnonzero(self._dead(side, alive))
-            self._save(side, torch.from_numpy(rows))
+            self._save(side, torch.from_numpy(np.flatnonzero(self._dead(side, alive))))
         self.hold(whole=False)
         self.forget(alive)
 
@@ -238,8 +241,7 @@ class Gates:
             chosen = chosen.to(saved.rows.device)
             rows, values = saved.rows[chosen], saved.values[chosen]
             psap_kernels.restore_filters_([self.front(side)], [rows], [values])
-            stays = ~chosen
-            self.saved[side] = self._copy(side, saved.rows[stays], saved.values[stays])
+            self.saved[side] = self._copy(side, saved.rows[~chosen], saved.values[~chosen])
         self._forget_plans()
         self.forget(~returned)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from psap import optim, plans, prices, scores, selection
 from psap.config import Config
-from psap.errors import ArgumentTypeError, PsapError, StateError
+from psap.errors import PsapError, StateError
 from psap.events import PruneEvent, WindowEvent, event_to_json
 from psap.friends import listed
 from psap.gates import Bools, Floats, Gates
@@ -26,6 +26,7 @@ from psap.pruner_state import (
     Pace,
     Pruned,
     check_training,
+    configured,
     prune_event,
     read_state,
     require_inplace,
@@ -84,12 +85,7 @@ class Pruner:
         friends: Sequence[Any] = (),
         latency: LatencyTable | None = None,
     ) -> None:
-        config = Config() if config is None else config
-        if not isinstance(config, Config):
-            raise ArgumentTypeError(
-                f"config is a {type(config).__name__}; pass "
-                "psap.Config(target=psap.Target(macs=0.3))"
-            )
+        config = configured(config)
         if isinstance(model, nn.Module):
             check_trainable(model)
         self.config, self._friends = config, listed(friends)
@@ -137,7 +133,8 @@ class Pruner:
         """One epoch is over: prune if it is time to.
 
         Raises:
-            StateError: after `finish` or `close`.
+            StateError: after `finish` or `close`, or parameters of the model were replaced or
+                have another dtype.
             PsapError: a weight is not finite, or the optimizer's state cannot be cut by channel:
                 nothing was pruned; or what was pruned cannot be removed: the next cut tries again.
 
@@ -146,7 +143,7 @@ class Pruner:
         """
         if self._finished:
             raise StateError("step() after finish(); train result.model on without the pruner")
-        self._require_open("step")
+        self._require_ready("step")
         if not self._checked and self._optimizer.state:
             optim.check_state(self._optimizer, self.graph.model)
             self._checked = True
@@ -230,6 +227,7 @@ class Pruner:
     # Supervision
 
     def _before_optimizer(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.gates.require_same(quick=True)
         return optim.reading(args, kwargs, self._read_gradients) if self._left else None
 
     def _read_gradients(self, observe: bool) -> None:
@@ -297,7 +295,7 @@ class Pruner:
 
         Raises:
             ArgumentError: ``inplace`` without the optimizer.
-            StateError: it was called before, or after `close`.
+            StateError: it was called before, or after `close`, or parameters were replaced.
             PsapError: the optimizer's state cannot be cut by channel, or a friend not be carried.
             VerificationError: the small network would not equal the masked one; model and optimizer
                 stay usable, and `finish` may be called again.
@@ -307,7 +305,7 @@ class Pruner:
         """
         if self._finished:
             raise StateError("finish() was already called; use the result that it returned")
-        self._require_open("finish")
+        self._require_ready("finish")
         keep = keep_optimizer and self._keep_optimizer
         if inplace:
             require_inplace(self._ranks, keep)
@@ -348,9 +346,10 @@ class Pruner:
         self._closed = True
         optim.detach(self._hooks)
 
-    def _require_open(self, call: str) -> None:
+    def _require_ready(self, call: str) -> None:
         if self._closed:
             raise StateError(f"{call}() after close(); make a new Pruner for the model")
+        self.gates.require_same()
 
     # State
 
@@ -387,7 +386,7 @@ class Pruner:
         """
         if self._finished:
             raise StateError("load_state_dict() after finish(); make a new Pruner for it")
-        self._require_open("load_state_dict")
+        self._require_ready("load_state_dict")
         rest, found = read_state(state, self.config, self._lineage, self._optimizer)
         if not rest.all():
             self._lineage.cut(rest, self._optimizer, self._friends, check=self.config.verify)

@@ -15,7 +15,7 @@ import torch
 
 from psap import optim, schedule
 from psap.config import Config, Target
-from psap.errors import ArgumentError, PsapError, PsapWarning, StateError
+from psap.errors import ArgumentError, ArgumentTypeError, PsapError, PsapWarning, StateError
 from psap.events import PruneEvent, WindowEvent, event_from_json, event_to_json
 from psap.gates import Bools, Floats, Gates, Saved
 from psap.graph import Graph, Group, Side
@@ -210,6 +210,19 @@ class Pace:
                 PsapWarning,
                 stacklevel=3,
             )
+
+
+def configured(config: Any) -> Config:
+    """The configuration that was given, or the default one.
+
+    Raises:
+        ArgumentTypeError: it is none.
+    """
+    if config is not None and not isinstance(config, Config):
+        raise ArgumentTypeError(
+            f"config is a {type(config).__name__}; pass psap.Config(target=psap.Target(macs=0.3))"
+        )
+    return config or Config()
 
 
 def check_training(optimizer: torch.optim.Optimizer, friends: Sequence[Any], graph: Graph) -> None:

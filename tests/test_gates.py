@@ -307,7 +307,7 @@ def test_an_empty_parameter_and_a_missing_gradient_do_no_harm() -> None:
 def test_a_module_that_was_replaced_is_named() -> None:
     model, _, pruner = make("chain")
     model.bn1 = nn.BatchNorm2d(8)
-    with pytest.raises(psap.StateError, match=r"bn1.weight is gone from the model"):
+    with pytest.raises(psap.StateError, match=r"bn1.weight is another tensor since the Pruner"):
         pruner.step()
 
 
