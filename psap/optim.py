@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from types import MethodType
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from psap.errors import ArgumentError, ArgumentTypeError, PsapError, StateError
+from psap.errors import ArgumentError, ArgumentTypeError, PsapError, PsapWarning, StateError
 from psap.hooktime import HookTime
 
 Gather = Callable[[Sequence[str], Sequence[Tensor]], Sequence[Tensor]]
@@ -180,6 +181,41 @@ class _WeakHook:
         return None if method is None else self.times.hook(method, *args)
 
 
+class _Left:
+    """Before the first step of an optimizer that a small network has left behind: warns."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, advice: str) -> None:
+        self.advice = advice
+        self.handle = optimizer.register_step_pre_hook(self)
+
+    def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self.handle.remove()
+        warnings.warn(
+            f"a step of the {type(optimizer).__name__} from before finish(), which trains the old "
+            f"network: nothing of result.model changes. {self.advice}; finish(inplace=True) would "
+            "have kept this one",
+            PsapWarning,
+            stacklevel=3,
+        )
+
+
+def leave(
+    optimizer: torch.optim.Optimizer, kept: torch.optim.Optimizer | None, friends: Sequence[Any]
+) -> None:
+    """Let optimizers warn, once, if they go on after small networks have taken their place.
+
+    Args:
+        optimizer: that of the model.
+        kept: what goes on in its place.
+        friends: what was carried along; optimizers among them warn too.
+    """
+    with_new = "Make a new optimizer from result.model.parameters()"
+    _Left(optimizer, with_new if kept is None else "Go on with result.optimizer")
+    for at, friend in enumerate(friends):
+        if isinstance(friend, torch.optim.Optimizer) and friend is not optimizer:
+            _Left(friend, f"Go on with result.friends[{at}]")
+
+
 def require_alone(optimizer: torch.optim.Optimizer) -> None:
     """Check that no living object is attached.
 
@@ -213,6 +249,8 @@ def attach(
         Handles that remove the hooks.
     """
     assert isinstance(before, MethodType) and isinstance(after, MethodType)
+    left = [h for h in optimizer._optimizer_step_pre_hooks.values() if isinstance(h, _Left)]
+    detach([hook.handle for hook in left])  # its network is pruned once more
     handles = [
         optimizer.register_step_pre_hook(_WeakHook(before, times)),
         optimizer.register_step_post_hook(_WeakHook(after, times)),

@@ -22,6 +22,7 @@ from psap.latency import LatencyTable
 from psap.lineage import Lineage
 from psap.protect import Window, check_trainable
 from psap.pruner_state import (
+    ARRAYS,
     COUNTERS,
     Pace,
     Pruned,
@@ -301,7 +302,8 @@ class Pruner:
                 stay usable, and `finish` may be called again.
 
         Warns:
-            PsapWarning: prune steps were still due.
+            PsapWarning: prune steps were still due. And later, if an optimizer that is not in the
+                result makes a step.
         """
         if self._finished:
             raise StateError("finish() was already called; use the result that it returned")
@@ -317,12 +319,14 @@ class Pruner:
             self.graph.model,
             self._lineage.step(self._alive),
             optimizer=self._optimizer if keep else None,
-            friends=(*self._friends, *listed(friends)),
+            friends=(friends := (*self._friends, *listed(friends))),
             check=self.config.verify,
             inplace=inplace,
         )
         self._finished = True
         self.close()
+        if not inplace:
+            optim.leave(self._optimizer, result.optimizer, friends)
         result = replace(result, plan=whole, mode=self._lineage.proven(result))
         result.report.update(run_report(self.events, self.config, self._times))
         return result
@@ -364,10 +368,7 @@ class Pruner:
             "architecture": self._lineage.architecture,
             "config": asdict(self.config),
             "counters": {name: getattr(self, f"_{name}") for name in COUNTERS},
-            "alive": torch.from_numpy(self._alive.copy()),
-            "fresh": torch.from_numpy(self._fresh.copy()),
-            "bonus": torch.from_numpy(self._bonus.copy()),
-            "factors": torch.from_numpy(self._factors.copy()),
+            **{key: torch.from_numpy(getattr(self, f"_{key}").copy()) for key in ARRAYS},
             "window": self._window.state_dict(),
             "sparsity": None if self._sparsity is None else torch.from_numpy(self._sparsity.copy()),
             "saved": self.gates.state_dict(),

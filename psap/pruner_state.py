@@ -27,6 +27,7 @@ from psap.scores import GroupStats
 
 Ints = schedule.Ints
 COUNTERS = ("step", "calls", "iteration", "left", "final")
+ARRAYS = ("alive", "fresh", "bonus", "factors")
 
 
 @dataclass(frozen=True)

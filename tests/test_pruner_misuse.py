@@ -212,3 +212,65 @@ def test_friends_that_are_no_list_are_refused() -> None:
     ):
         pruner.finish(friends=scheduler)
     assert pruner.finish(friends=[scheduler]).friends[0].optimizer is not opt
+
+
+# What finish() leaves behind
+
+
+def _warned(opt: torch.optim.Optimizer, match: str) -> None:
+    with pytest.warns(psap.PsapWarning, match=match) as caught:
+        opt.step()
+        opt.step()  # says it once
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_the_old_optimizer_says_that_it_trains_nothing() -> None:
+    model, opt, pruner = make("chain", prune_steps=1)
+    train(model, opt, pruner)
+    result = pruner.finish()
+    before = result.model.conv1.weight.clone()
+    backward(model, opt, 0)
+    _warned(opt, r"a step of the SGD from before finish\(\).*Go on with result\.optimizer; finish")
+    assert torch.equal(result.model.conv1.weight, before)
+    backward(result.model, result.optimizer, 0)
+    result.optimizer.step()
+    assert not torch.equal(result.model.conv1.weight, before)
+
+
+def test_old_optimizers_among_the_friends_say_it_too() -> None:
+    model = Chain()
+    opt = torch.optim.SGD([*model.conv1.parameters(), *model.bn1.parameters()], 0.1)
+    rest = [*model.conv2.parameters(), *model.bn2.parameters(), *model.head.parameters()]
+    other, last = torch.optim.Adam(rest[:1]), torch.optim.SGD(rest[1:], 0.1, momentum=0.9)
+    pruner = psap.Pruner(model, inputs(), optimizer=opt, config=CONFIG, friends=[other])
+    scheduler = torch.optim.lr_scheduler.StepLR(last, 1)
+    with pytest.warns(psap.PsapWarning, match="makes up for"):
+        result = pruner.finish(friends=[scheduler, last])
+    assert [type(friend).__name__ for friend in result.friends] == ["Adam", "StepLR", "SGD"]
+    backward(model, opt, 0)
+    _warned(other, r"the Adam from .*Go on with result\.friends\[0\]; ")
+    with pytest.warns(psap.PsapWarning, match=r"the SGD from .*result\.friends\[2\]; "):
+        last.step()  # in the scheduler's wrapper, so that the warning names another line
+    _warned(opt, r"the SGD from .*Go on with result\.optimizer; ")
+
+
+def test_without_an_optimizer_in_the_result_a_new_one_is_asked_for() -> None:
+    model, opt, pruner = make("chain", prune_steps=1)
+    train(model, opt, pruner)
+    pruner.finish(keep_optimizer=False)
+    _warned(opt, r"Make a new optimizer from result\.model\.parameters\(\); ")
+
+
+def test_optimizers_that_go_on_in_place_or_with_a_new_pruner_say_nothing() -> None:
+    model, opt, pruner = make("chain", prune_steps=1)
+    train(model, opt, pruner)
+    assert pruner.finish(inplace=True).optimizer is opt
+    backward(model, opt, 0)
+    opt.step()
+    model, opt, pruner = make("chain", prune_steps=1)
+    train(model, opt, pruner)
+    pruner.finish()
+    again = psap.Pruner(model, inputs(), optimizer=opt, config=CONFIG)
+    train(model, opt, again)
+    again.close()
+    opt.step()
