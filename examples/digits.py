@@ -24,8 +24,8 @@ from torch.nn import functional as F
 
 import psap
 from psap import data, measure, record, report
+from psap.files import atomic_write
 from psap.models import digits_resnet
-from psap.recipe import atomic_write
 
 DENSE, PRUNE, FINETUNE = 10, 8, 50  # epochs
 PRUNE_LR, FINETUNE_LR = (0.05, 0.05), (0.05, 0.0)  # learning rates: first, last

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from psap.errors import PsapError, VerificationError
+from psap.files import Path_, replacing
 from psap.graph.inputs import as_inputs
 from psap.graph.trace import output_tensors
 from psap.graph.untouched import untouched
-from psap.recipe import Path_, check_is_result, replacing
+from psap.recipe import check_is_result
 from psap.shrink import Result
 
 TOLERANCE = 1e-4

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from psap import measure
 from psap.errors import ArgumentError, ArgumentTypeError, FileError
+from psap.files import atomic_write
 from psap.graph import Graph
 from psap.layers import Layer, layers
-from psap.recipe import atomic_write
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

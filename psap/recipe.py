@@ -1,4 +1,4 @@
-"""Files: safetensors plus JSON, written atomically, read with suspicion, never pickled.
+"""Networks and trees in files: safetensors plus JSON, read with suspicion, never pickled.
 
 A saved network is one ``.safetensors`` file: the small tensors, and in its metadata the recipe that
 turns the dense architecture into the small one. A *tree* is any nest of dicts, lists, scalars and
@@ -9,19 +9,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import secrets
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import safetensors
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from psap.errors import ArgumentError, ArgumentTypeError, FileError
+from psap.files import Path_, read, write
 from psap.plans import Plan
 from psap.program import program
 from psap.shrink import Result, check_plan, small_copy
@@ -30,118 +25,6 @@ FORMAT = "psap-recipe"
 VERSION = 1
 MOST_ELEMENTS = 1 << 28
 """A recipe may not ask for larger example inputs (a guard against bombs)."""
-Path_ = str | os.PathLike[str]
-
-
-@contextmanager
-def replacing(path: Path_) -> Iterator[Path]:
-    """Give a temporary path beside ``path``; move it there when the block succeeds.
-
-    Whatever fails (no space, no permission, an interrupt), an older file at ``path`` survives.
-
-    Raises:
-        FileError: the file cannot be written.
-    """
-    target = _checked(path)
-    # Named before it is made: there is no moment at which an interrupt could leave it behind.
-    temporary = target.parent / f".{target.name[:40]}.{secrets.token_hex(8)}"
-    try:
-        mode = _create(target, temporary)
-        yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.chmod(mode)  # save_file makes its own
-        temporary.replace(target)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise FileError(
-            f"cannot write {target}: {error}; an older file there is as it was. Free some space or "
-            "choose another folder"
-        ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def _create(target: Path, temporary: Path) -> int:
-    """Make an empty file; return the permissions that the finished one shall have."""
-    try:
-        if target.exists() and not target.is_file():
-            raise FileError(f"cannot write {target}: it is no regular file; choose another path")
-        handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-        made = target if target.exists() else temporary  # the system applied the umask
-        os.close(handle)
-        return made.stat().st_mode & 0o777
-    except OSError as error:
-        raise FileError(
-            f"cannot write {target}: {error.strerror}; choose a folder that exists and is writable"
-        ) from error
-
-
-def _checked(path: Any) -> Path:
-    """A path, with symbolic links resolved, so that a link goes on pointing to its file.
-
-    Raises:
-        ArgumentTypeError: it is no path.
-        FileError: no file can have this name.
-    """
-    if not isinstance(path, (str, os.PathLike)):
-        raise ArgumentTypeError(f"path is a {type(path).__name__}; pass a str or a pathlib.Path")
-    found = Path(path)
-    if "\0" in str(found):
-        raise FileError(f"{str(found)!r} is no path: it holds a null character")
-    return Path(os.path.realpath(found)) if os.path.islink(found) else found
-
-
-def atomic_write(path: Path_, data: str | bytes) -> None:
-    """Replace a file by ``data``; an older one survives a failure.
-
-    Raises:
-        FileError: the file cannot be written.
-    """
-    with replacing(path) as temporary:
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
-
-
-def _write(path: Path_, tensors: Mapping[str, Tensor], body: Mapping[str, Any]) -> None:
-    plain: dict[str, Tensor] = {}
-    owned: set[int] = set()
-    try:
-        for name, tensor in tensors.items():
-            value = tensor.detach().cpu().contiguous()
-            if value.untyped_storage().data_ptr() in owned:  # safetensors refuses views of others
-                value = value.clone()
-            owned.add(value.untyped_storage().data_ptr())
-            plain[name] = value
-        text = json.dumps(body)
-        with replacing(path) as temporary:
-            save_file(plain, temporary, metadata={"psap": text})
-    except (LookupError, ValueError, RuntimeError) as error:
-        raise ArgumentTypeError(f"a value cannot be written to {path}: {error}") from error
-
-
-def _read(path: Path_, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All tensors and the JSON body of a file.
-
-    Raises:
-        FileError: there is no such file, or it is no file of ours.
-    """
-    source = _checked(path)
-    if not os.path.isfile(source):
-        raise FileError(f"{source} does not exist; pass the path of a {what}")
-    try:
-        with safetensors.safe_open(source, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            body = json.loads(metadata["psap"]) if "psap" in metadata else None
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise FileError(
-            f"{source} cannot be read: {error}; it is damaged or cut short, or no file of psap.save"
-        ) from error
-    if not isinstance(body, dict):
-        raise FileError(
-            f"{source} is a safetensors file, but no {what}; it was not written by psap"
-        )
-    return tensors, body
 
 
 def _check_header(path: Path_, body: Mapping[str, Any], form: str, version: int, what: str) -> None:
@@ -181,7 +64,7 @@ def save(result: Result, path: Path_) -> None:
         "aliases": aliases,
         "plan": json.loads(result.plan.to_json()),
     }
-    _write(path, tensors, body)
+    write(path, tensors, body)
 
 
 def _state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -223,7 +106,7 @@ def load(path: Path_, factory: Callable[[], nn.Module]) -> nn.Module:
         raise ArgumentTypeError(
             "factory must build the dense model, for example lambda: resnet20()"
         )
-    tensors, body = _read(path, "network saved by psap.save")
+    tensors, body = read(path, "network saved by psap.save")
     _check_header(path, body, FORMAT, VERSION, "network saved by psap.save")
     mode, aliases = body.get("mode"), body.get("aliases")
     if mode not in ("module", "graph") or not isinstance(aliases, dict):
@@ -311,7 +194,7 @@ def write_tree(path: Path_, tree: Any) -> None:
         body = {"format": "psap-tree", "version": 1, "tree": _encode(tree, tensors, "tree")}
     except RecursionError as error:
         raise ArgumentTypeError("the tree is nested too deeply, or holds itself") from error
-    _write(path, tensors, body)
+    write(path, tensors, body)
 
 
 def read_tree(path: Path_) -> Any:
@@ -320,7 +203,7 @@ def read_tree(path: Path_) -> Any:
     Raises:
         FileError: the file is missing, damaged, or no tree.
     """
-    tensors, body = _read(path, "tree written by psap")
+    tensors, body = read(path, "tree written by psap")
     _check_header(path, body, "psap-tree", 1, "tree written by psap")
     try:
         return _decode(body["tree"], tensors)

@@ -19,10 +19,11 @@ import psap
 from psap import data, hazards, measure, record, report
 from psap.data import Loader
 from psap.errors import ArgumentError, FileError, PsapError, StateError
+from psap.files import atomic_write
 from psap.models import create
 from psap.plans import Plan
 from psap.progress import Listener, Silent, Stop
-from psap.recipe import atomic_write, write_tree
+from psap.recipe import write_tree
 from psap.run_config import RunConfig
 from psap.run_files import (
     CHECKPOINT,

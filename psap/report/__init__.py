@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from psap.recipe import atomic_write
+from psap.files import atomic_write
 from psap.report.fates import tally
 from psap.report.page import build
 from psap.report.record import FORMAT, VERSION, read
