@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import psap
-from psap import record, report
+from psap import data, measure, record, report
 
 PAGE = Path(__file__).with_name("reference.md")
 HEAD = """# Reference
@@ -31,7 +31,20 @@ PARTS = {
         *("TraceError", "VerificationError", "FileError", "PsapWarning"),
     ),
 }
-MORE = {"record.build": record.build, "report.write": report.write}
+MODULES = {
+    "The report": {
+        record: ("build", "Measured"),
+        report: ("write",),
+        measure: ("compare_latency", "latency_ms", "Comparison", "Latency"),
+    },
+    "Data": {
+        data: (
+            *("load", "DataSpec", "Loader", "Normalise", "Augment", "Pictures"),
+            *("load_digits", "load_cifar10", "load_imagefolder"),
+        )
+    },
+}
+"""What is not in psap itself; of psap.data everything but the name of a type."""
 SECTION = re.compile(r"^(Args|Attributes|Returns|Raises|Warns):$")
 TABLES = {"Args": "parameter", "Attributes": "attribute"}
 
@@ -165,14 +178,20 @@ def page() -> str:
     listed = {name for names in PARTS.values() for name in names}
     if listed != set(psap.__all__):
         raise ValueError(f"PARTS and psap.__all__ differ: {sorted(listed ^ set(psap.__all__))}")
+    listed = {*MODULES["Data"][data], "DataName"}
+    if listed != set(data.__all__):
+        raise ValueError(f"MODULES and psap.data differ: {sorted(listed ^ set(data.__all__))}")
     blocks = [HEAD.strip()]
     for title, names in PARTS.items():
         blocks.append(f"## {title}")
         for name in names:
             blocks += described(name, getattr(psap, name), "###")
-    blocks.append("## The report\n\n`from psap import record, report`")
-    for name, value in MORE.items():
-        blocks += described(name, value, "###")
+    for title, modules in MODULES.items():
+        short = {module.__name__.rpartition(".")[2]: module for module in modules}
+        blocks.append(f"## {title}\n\n`from psap import {', '.join(short)}`")
+        for owner, module in short.items():
+            for name in modules[module]:
+                blocks += described(f"{owner}.{name}", getattr(module, name), "###")
     return "\n\n".join(blocks) + "\n"
 
 

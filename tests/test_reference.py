@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 
 import psap
+from psap import data, record
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -38,9 +39,18 @@ def test_every_public_name_has_a_heading(page: str) -> None:
     assert {f"psap.{name}" for name in psap.__all__} <= headings
 
 
-@pytest.mark.parametrize("owner", [psap.Config, psap.Target])
+def test_what_belongs_to_a_report_and_data_has_a_heading(page: str) -> None:
+    headings = {line.removeprefix("### ") for line in page.splitlines()}
+    assert {f"psap.data.{name}" for name in set(data.__all__) - {"DataName"}} <= headings
+    assert {f"psap.{n}" for n in ("record.build", "record.Measured", "report.write")} <= headings
+    assert "psap.measure.compare_latency" in headings  # makes what Measured.latency wants
+    assert "`'digits' \\| 'cifar10' \\| 'imagefolder'`" in page
+
+
+@pytest.mark.parametrize("owner", [psap.Config, psap.Target, record.Measured, data.Pictures])
 def test_every_setting_has_its_type_default_and_meaning(owner: type, page: str) -> None:
-    start = page.index(f"### psap.{owner.__name__}\n")
+    name = f"{owner.__module__}.{owner.__name__}".replace(".config", "").replace(".folder", "")
+    start = page.index(f"### {name}\n")
     rows = [line for line in page[start:].split("\n### ")[0].splitlines() if line[:3] == "| `"]
     told = {row.split("`")[1]: row for row in rows}
     assert list(told) == [field.name for field in dataclasses.fields(owner)]
@@ -69,6 +79,14 @@ def test_a_name_that_is_in_no_part_is_noticed(
 ) -> None:
     monkeypatch.setitem(maker.PARTS, "Files", ("save", "load"))
     with pytest.raises(ValueError, match=r"differ: \['export_onnx', 'export_pt2'\]"):
+        maker.page()
+
+
+def test_a_name_of_the_data_that_is_in_no_part_is_noticed(
+    maker: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "__all__", [*data.__all__, "load_mnist"])
+    with pytest.raises(ValueError, match=r"MODULES and psap\.data differ: \['load_mnist'\]"):
         maker.page()
 
 
