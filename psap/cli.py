@@ -69,7 +69,7 @@ def export(
     out: Path | None = None,
     format: Literal["onnx", "pt2"] = "onnx",
     arch: str | None = None,
-    num_classes: int = 10,
+    num_classes: int | None = None,
     input: str | None = None,
 ) -> int:
     """Export a small network with plain operators, and compare it with PyTorch.
@@ -79,14 +79,13 @@ def export(
         out: the file to write; by default model.onnx or model.pt2 in the folder of the run, or the
             name of the file with another ending.
         format: "onnx", or "pt2" (torch.export).
-        arch: the dense architecture; known for the folder of a run.
-        num_classes: classes of the dense architecture; known for the folder of a run.
-        input: shape of one input, such as 3,32,32; known for the folder of a run.
+        arch: the dense architecture; known for the folder of a run, and where it is one of psap's.
+        num_classes: classes of the dense architecture; by default what the file says.
+        input: shape of one input, such as 3,32,32; by default what the file says.
     """
-    import torch
-
     import psap
-    from psap.models import create
+    from psap.rebuilding import dense_factory, recorded_inputs
+    from psap.recipe import saved_plan
 
     if not source.exists():
         raise FileError(
@@ -98,19 +97,16 @@ def export(
         settings = _settings(source)
         arch, num_classes = settings["arch"], settings["num_classes"]
         path = source / "small.safetensors"
-    if arch is None:
-        raise ArgumentError(f"arch is not given; {source} does not say it, so pass --arch resnet20")
-    if source.is_dir() and input is None:
-        example = torch.zeros(_plan_input(source))
-    else:
-        example = _zeros(input, arch)
-    name, channels = arch, example.shape[1]
-    small = psap.load(path, lambda: create(name, num_classes=num_classes, in_channels=channels))
+    plan = saved_plan(path)
+    inputs = (_zeros(input),) if input else recorded_inputs(plan, path)
+    channels = inputs[0].shape[1] if inputs[0].dim() > 1 else 1
+    factory = dense_factory(plan, path, arch, num_classes=num_classes, in_channels=channels)
+    small = psap.load(path, factory)
     if out is None:
         out = path.with_suffix(f".{format}")
         out = out.with_stem("model") if source.is_dir() else out
     write = psap.export_onnx if format == "onnx" else psap.export_pt2
-    difference = write(small, out, example)
+    difference = write(small, out, inputs)
     print(f"wrote {out}; it differs from PyTorch by at most {difference:.1e}")
     return 0
 
@@ -138,7 +134,7 @@ def inspect(*, arch: str, num_classes: int = 10, input: str | None = None) -> in
     import psap
     from psap.models import create
 
-    example = _zeros(input, arch)
+    example = _zeros(input or _default(arch))
     model = create(arch, num_classes=num_classes, in_channels=example.shape[1])
     graph = psap.trace(model, example, gated=True)  # what a run can prune
     console = Console()
@@ -172,7 +168,7 @@ def latency(
     from psap.models import create
     from psap.rounding import fastest
 
-    example = _zeros(input, arch)
+    example = _zeros(input or _default(arch))
     model = create(arch, num_classes=num_classes, in_channels=example.shape[1]).eval()
     graph = psap.trace(model, torch.randn(example.shape))
     times = psap.measure_latency(graph, table, threads=threads)
@@ -300,11 +296,15 @@ def _groups(graph: Graph) -> tuple[Table, Table]:
     return table, alone
 
 
-def _zeros(text: str | None, arch: str) -> Tensor:
+def _default(arch: str) -> str:
+    """The shape of an input of an architecture, where none is given."""
+    return "1,8,8" if arch == "digits_resnet" else "3,32,32"
+
+
+def _zeros(text: str) -> Tensor:
     """A batch of two inputs of the given shape."""
     import torch
 
-    text = text or ("1,8,8" if arch == "digits_resnet" else "3,32,32")
     try:
         shape = [int(part) for part in text.split(",")]
     except ValueError:
@@ -357,11 +357,3 @@ def _plan(path: Path) -> Plan:
 
     file = path / "plan.json" if path.is_dir() else path
     return Plan.from_json(_text(file))
-
-
-def _plan_input(folder: Path) -> tuple[int, ...]:
-    plan = _plan(folder)
-    spec = plan.inputs[0] if plan.inputs else None
-    if spec is None:
-        raise FileError(f"{folder / 'plan.json'} does not say the shape of the input; pass --input")
-    return spec.shape

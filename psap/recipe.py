@@ -106,15 +106,8 @@ def load(path: Path_, factory: Callable[[], nn.Module]) -> nn.Module:
         raise ArgumentTypeError(
             "factory must build the dense model, for example lambda: resnet20()"
         )
-    tensors, body = read(path, "network saved by psap.save")
-    _check_header(path, body, FORMAT, VERSION, "network saved by psap.save")
-    mode, aliases = body.get("mode"), body.get("aliases")
-    if mode not in ("module", "graph") or not isinstance(aliases, dict):
-        raise FileError(f"{path} is damaged: its recipe has no mode; save it again")
-    try:
-        plan = Plan.from_json(json.dumps(body.get("plan")))
-    except RecursionError as error:
-        raise FileError(f"{path} is damaged: its plan is nested too deeply") from error
+    tensors, body, plan = _recipe(path)
+    mode, aliases = body["mode"], body["aliases"]
     dense = factory()
     if not isinstance(dense, nn.Module):
         raise ArgumentTypeError(
@@ -124,6 +117,27 @@ def load(path: Path_, factory: Callable[[], nn.Module]) -> nn.Module:
     small = small_copy(dense, plan) if mode == "module" else _program(dense, plan)
     _fill(small, tensors, aliases, path)
     return small
+
+
+def saved_plan(path: Path_) -> Plan:
+    """The plan in a file that `save` wrote.
+
+    Raises:
+        FileError: the file is missing, damaged, hostile, or of another version.
+    """
+    return _recipe(path)[2]
+
+
+def _recipe(path: Path_) -> tuple[dict[str, Tensor], dict[str, Any], Plan]:
+    """What is in a file: its tensors, its recipe and the plan in that."""
+    tensors, body = read(path, "network saved by psap.save")
+    _check_header(path, body, FORMAT, VERSION, "network saved by psap.save")
+    if body.get("mode") not in ("module", "graph") or not isinstance(body.get("aliases"), dict):
+        raise FileError(f"{path} is damaged: its recipe has no mode; save it again")
+    try:
+        return tensors, body, Plan.from_json(json.dumps(body.get("plan")))
+    except RecursionError as error:
+        raise FileError(f"{path} is damaged: its plan is nested too deeply") from error
 
 
 def _program(dense: nn.Module, plan: Plan) -> nn.Module:

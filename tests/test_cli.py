@@ -110,14 +110,19 @@ def test_export_of_a_run(
 
 def test_export_of_a_file(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, out = str(run / "small.safetensors"), str(tmp_path / "a.pt2")
-    assert fails(["export", file, "--format", "pt2", "--out", out], capsys) == (
-        f"arch is not given; {file} does not say it, so pass --arch resnet20"
-    )
-    command = ["export", file, "--format", "pt2", "--out", out, "--arch", "digits_resnet"]
-    assert main(command) == 0
+    command = ["export", file, "--format", "pt2", "--out", out]
+    assert main(command) == 0  # the file says inputs and classes; the architecture is one of psap's
     assert Path(out).is_file()
-    error = fails([*command, "--num-classes", "7"], capsys)
-    assert "the plan was made for another model" in error
+    assert main([*command, "--arch", "digits_resnet", "--input", "1,9,9"]) == 0
+    program = torch.export.load(out).module()
+    assert program(torch.zeros(3, 1, 9, 9)).shape == (3, 10)
+    for more, told in (
+        (["--num-classes", "7"], "not made from digits_resnet with 7 classes and 1 input channels"),
+        (["--input", "3,8,8"], "not made from digits_resnet with 10 classes and 3 input channels"),
+    ):
+        assert told in fails([*command, "--arch", "digits_resnet", *more], capsys)
+    error = fails([*command, "--arch", "resnet20"], capsys)
+    assert "names or shapes of parameters differ; pass --arch and --num-classes of" in error
 
 
 def test_report_again(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
