@@ -11,7 +11,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,7 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from psap import __version__
-from psap.errors import ArgumentError, FileError, PsapError
+from psap.errors import ArgumentError, FileError, PsapError, TraceError
 from psap.run_config import RunConfig
 
 if TYPE_CHECKING:
@@ -136,7 +137,8 @@ def inspect(*, arch: str, num_classes: int = 10, input: str | None = None) -> in
 
     example = _zeros(input or _default(arch))
     model = create(arch, num_classes=num_classes, in_channels=example.shape[1])
-    graph = psap.trace(model, example, gated=True)  # what a run can prune
+    with _naming_input():
+        graph = psap.trace(model, example, gated=True)  # what a run can prune
     console = Console()
     console.print(*_groups(graph), sep="\n")
     return 0
@@ -170,7 +172,8 @@ def latency(
 
     example = _zeros(input or _default(arch))
     model = create(arch, num_classes=num_classes, in_channels=example.shape[1]).eval()
-    graph = psap.trace(model, torch.randn(example.shape))
+    with _naming_input():
+        graph = psap.trace(model, torch.randn(example.shape))
     times = psap.measure_latency(graph, table, threads=threads)
     print(times.explain(graph))
     target = None if target_latency is None else psap.Target(latency=target_latency)
@@ -294,6 +297,18 @@ def _groups(graph: Graph) -> tuple[Table, Table]:
     for layer, reason in graph.left_alone.items():
         alone.add_row(escape(layer), escape(reason))
     return table, alone
+
+
+@contextmanager
+def _naming_input() -> Iterator[None]:
+    """Say how inputs are given on the command line, if the model does not take them."""
+    try:
+        yield
+    except TraceError as error:
+        told = str(error).partition("; pass inputs that")[0]
+        raise ArgumentError(
+            f"{told}; pass the shape of an input, such as --input 1,28,28 for grey images"
+        ) from error
 
 
 def _default(arch: str) -> str:

@@ -30,6 +30,7 @@ from psap.run_files import (
     FORMAT,
     VERSION,
     load_weights,
+    naming_channels,
     output_folder,
     read_checkpoint,
 )
@@ -130,9 +131,10 @@ class Run:
             weight_decay=config.weight_decay,
             nesterov=config.momentum > 0,
         )
-        self.pruner = psap.Pruner(
-            self.model, self.example, optimizer=self.optimizer, config=config.pruning()
-        )
+        with naming_channels(self.model, config, self.data.channels):
+            self.pruner = psap.Pruner(
+                self.model, self.example, optimizer=self.optimizer, config=config.pruning()
+            )
         self.result: Result | None = None
         self.epoch = 0
         self.batch = 0

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
-from psap.errors import ArgumentError, FileError, StateError
+from psap.errors import ArgumentError, FileError, StateError, TraceError
 from psap.recipe import read_tree
 from psap.run_config import RunConfig, difference
 
@@ -79,6 +79,48 @@ def load_weights(model: nn.Module, path: str) -> None:
         reason = " ".join(str(error).split("\n\t")[1:2]) or str(error)
         raise ArgumentError(
             f"weights is {path!r}, which does not fit {type(model).__name__}: {reason}"
+            + _other_channels(model, state)
+        ) from error
+
+
+def _other_channels(model: nn.Module, state: Mapping[str, Tensor]) -> str:
+    """What to do if weights are for grey images and the model for colour, or the other way."""
+    for name, mine in model.named_parameters():
+        theirs = state.get(name)
+        if theirs is not None and theirs.dim() == mine.dim() > 1 and theirs.shape != mine.shape:
+            pair = theirs.shape[1], mine.shape[1]
+            if pair == (1, 3):
+                return " They are for grey images: with --data imagefolder pass --grey"
+            if pair == (3, 1):
+                return " They are for colour images: leave --grey out"
+    return ""
+
+
+@contextmanager
+def naming_channels(model: nn.Module, config: RunConfig, channels: int) -> Iterator[None]:
+    """Say what to do if a model cannot run because its images have another number of channels.
+
+    Args:
+        model: the model.
+        config: the settings of the run.
+        channels: C of the images.
+
+    Raises:
+        ArgumentError: instead of the `TraceError` in the block.
+    """
+    try:
+        yield
+    except TraceError as error:
+        takes = {m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)}
+        other = {1: 3, 3: 1}[channels]
+        if channels in takes or other not in takes:
+            raise
+        advice = "leave --grey out" if config.grey else "pass --grey"
+        if config.data != "imagefolder":
+            advice = f"pass an architecture for {channels}"
+        raise ArgumentError(
+            f"{config.arch} takes images with {other} channel{'s' * (other > 1)}, and those of "
+            f"{config.data} have {channels}; {advice}"
         ) from error
 
 

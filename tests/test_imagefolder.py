@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from benchmarks import accuracy
 from benchmarks.methods import METHODS
@@ -24,7 +25,7 @@ from psap.data import folder as folders
 from psap.data.digits import digits_images
 from psap.data.folder import FileImages
 from psap.errors import ArgumentError, FileError
-from psap.models import create
+from psap.models import create, resnet20
 from psap.run_config import difference as runs_difference
 
 RNG = np.random.default_rng(0)
@@ -247,6 +248,68 @@ def test_a_run_on_a_folder_of_digits(
     assert (record["config"]["in_channels"], record["config"]["grey"]) == (1, True)
     assert cli.main([*(x for x in typed if x != "--grey"), "--resume"]) == 2
     assert "grey was True and is False" in capsys.readouterr().err
+
+
+def takes(channels: int) -> nn.Module:
+    first = nn.Conv2d(channels, 8, 3, padding=1)
+    return nn.Sequential(first, nn.Conv2d(8, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def takes_grey() -> nn.Module:
+    return takes(1)
+
+
+def takes_colour() -> nn.Module:
+    return takes(3)
+
+
+def takes_none() -> nn.Module:
+    return takes(2)
+
+
+GREYS = {
+    "grey model": (["--arch", "test_imagefolder:takes_grey"], "takes images with 1 channel, and "
+                   "those of imagefolder have 3; pass --grey"),
+    "colour model": (["--arch", "test_imagefolder:takes_colour", "--grey"], "with 3 channels, and "
+                     "those of imagefolder have 1; leave --grey out"),
+    "digits": (["--arch", "test_imagefolder:takes_colour", "--data", "digits"], "with 3 channels, "
+               "and those of digits have 1; pass an architecture for 1"),
+    "neither": (["--arch", "test_imagefolder:takes_none"], "pass inputs that model(*example_inp"),
+    "grey weights": (["--arch", "resnet20", "--weights", "grey.safetensors"],
+                     "They are for grey images: with --data imagefolder pass --grey"),
+    "colour weights": (["--arch", "resnet20", "--weights", "colour.safetensors", "--grey"],
+                       "They are for colour images: leave --grey out"),
+    "other weights": (["--arch", "resnet20", "--weights", "classes.safetensors"],
+                      "the shape in current model is torch.Size([2, 64]).\n"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GREYS)
+def test_grey_and_colour_are_told_apart(
+    name: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(folder)
+    for file, options in (("grey", (2, 1)), ("colour", (2, 3)), ("classes", (4, 3))):
+        weights = resnet20(num_classes=options[0], in_channels=options[1]).state_dict()
+        save_file(weights, f"{file}.safetensors")
+    more, message = GREYS[name]
+    typed = ["prune", "--data", "imagefolder", "--data-dir", ".", *PLAIN, "--image-size", "8"]
+    typed += ["--target-macs", "0.5", "--epochs", "3", "--out", "run", *more]
+    assert cli.main(typed) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_inspect_says_how_the_shape_of_an_input_is_given(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arch = ["--arch", "test_imagefolder:takes_grey"]
+    for typed in (["inspect", *arch], ["latency", *arch, "--table", str(tmp_path / "t")]):
+        assert cli.main(typed) == 2
+        assert "pass the shape of an input, such as --input 1,28,28 for" in capsys.readouterr().err
+    assert cli.main(["inspect", *arch, "--input", "1,28,28"]) == 0
 
 
 def test_an_older_run_has_the_defaults_of_options_that_it_does_not_know() -> None:
