@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import time
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 import report_records as records
 from pruner_nets import NETS, inputs, labels
-from test_report import check
+from test_report import check, drawings
 from torch import optim
 from torch.nn import functional as F
 
@@ -169,3 +171,26 @@ def test_without_an_optimizer_step_nothing_is_divided_by_zero() -> None:
     result = psap.apply(model, psap.plan(psap.trace(model, inputs()), ratio=0.5))
     result.report["time"] = HookTime().to_json()
     assert "What pruning cost" not in report.render(record.build(result))
+
+
+def test_a_line_on_the_edge_of_what_is_drawn_keeps_its_width_and_dots() -> None:
+    """The lowest accuracy of pruning is a round number, which is where the plot ends."""
+    small = records.make(records.residual(7), steps=5)
+    for epoch, entry in enumerate(small["history"]):
+        low = 0.7 if epoch == 12 else 0.72
+        entry["val_accuracy"] = 0.1 if entry["phase"] == "dense" and epoch < 4 else low
+    (drawing,) = [found for found in drawings(report.render(small)) if "history-t" in found]
+    root = ElementTree.fromstring(drawing)
+    cut, *whole = root.findall("svg")
+    assert cut.get("height") == "152" and cut.get("class") is None
+    assert cut.get("viewBox") == "0 0 1000 152"
+    assert {plot.get("height") for plot in whole} == {"84"}
+    dots = [c for c in root.findall("circle") if c.get("class") == "dot accuracy"]
+    assert len(dots) == len(small["history"]) - 4
+    assert max(float(c.get("cy", 0)) for c in dots) == 66 + 150
+
+
+def test_text_below_a_chart_keeps_its_distance() -> None:
+    page = report.render(records.make(records.residual(7), steps=5))
+    assert re.search(r'class="maps">.*</div><p>\d+ channels are gone', page, re.S)
+    assert ".maps+p,.tall+p{margin-top:20px}" in page

@@ -119,7 +119,7 @@ def _plot(
         body.append(svg.line(0, y, 1, y, "reference"))
     drawn = _stairs(points) if panel.stepped else points
     body.append(svg.curve(drawn, top, panel.height, f"curve {panel.class_}"))
-    shown = [point for point in points if point is not None and point[1] >= 0]
+    shown = [point for point in points if point is not None and point[1] > -1e-9]
     for px, py in shown if len(shown) <= 80 else shown[-1:]:
         cy = top + panel.height * (1 - py)
         body.append(
@@ -146,18 +146,24 @@ def dense_accuracy(epochs: Sequence[Epoch]) -> float | None:
     return found[-1] if found else None
 
 
+def _floor(epochs: Sequence[Epoch]) -> float | None:
+    """The accuracy from which on it is drawn, where the first epochs would flatten all others."""
+    seen = _known([epoch.accuracy for epoch in epochs])
+    later = _known([epoch.accuracy for epoch in epochs if epoch.phase != "dense"])
+    if later and min(seen) < min(later) - 0.1:
+        return svg.ticks(min(later), max(seen))[0]
+    return None
+
+
 def _accuracy(epochs: Sequence[Epoch]) -> _Panel | None:
     values = [epoch.accuracy for epoch in epochs]
-    seen, title = _known(values), "validation accuracy"
+    seen, floor = _known(values), _floor(epochs)
     if not seen:
         return None
-    later = _known([epoch.accuracy for epoch in epochs if epoch.phase != "dense"])
-    if later and min(seen) < min(later) - 0.1:  # the first epochs would flatten all others
-        low = svg.ticks(min(later), max(seen))[0]
-        title += f" (below {_percent_tick(low)} not shown)"
-        seen = [low, max(seen)]
+    if floor is not None:
+        seen = [floor, max(seen)]
     return _Panel(
-        title=title,
+        title="validation accuracy",
         values=values,
         low=min(seen),
         high=max(*seen, min(seen) + 0.01),
@@ -272,6 +278,8 @@ def _legend(epochs: Sequence[Epoch], marked: bool) -> str:
         items.append(
             f'<span><i class="swatch line reference"></i>dense network, {percent(dense)}</span>'
         )
+    if (floor := _floor(epochs)) is not None:
+        items.append(f"<span>accuracies below {_percent_tick(floor)} are not drawn</span>")
     return f'<p class="legend">{"".join(items)}</p>'
 
 

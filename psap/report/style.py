@@ -101,7 +101,7 @@ align-items:end}
 .multiples figcaption{display:flex;flex-wrap:wrap;justify-content:space-between;gap:0 8px;
 margin-bottom:10px;font-size:13px;color:var(--muted)}.multiples code{color:var(--ink)}
 .multiples figcaption small{flex-basis:100%}
-.maps{display:grid;gap:9px}
+.maps{display:grid;gap:9px}.maps+p,.tall+p{margin-top:20px}
 .group{display:grid;grid-template-columns:264px minmax(0,1fr);gap:16px;align-items:start}
 .group p{margin:0;font-size:13px;line-height:12px;color:var(--muted);display:grid;
 grid-template-columns:1fr max-content 22px;gap:0 10px;white-space:nowrap}

@@ -60,9 +60,10 @@ def line(x1: float, y1: float, x2: float, y2: float, class_: str) -> str:
 def curve(points: Sequence[Point | None], top: float, height: float, class_: str) -> str:
     """A line through points (share of the width, of the height from below); None is a gap.
 
-    What lies below the plot is cut off.
+    What lies below the plot is cut off, two pixels lower: a line on the edge keeps its width.
     """
-    cut = any(point is not None and point[1] < 0 for point in points)
+    cut = any(point is not None and point[1] < -1e-9 for point in points)
+    room = height + 2 * cut
     runs: list[list[Point]] = [[]]
     for point in points:
         if point is None:
@@ -81,8 +82,8 @@ def curve(points: Sequence[Point | None], top: float, height: float, class_: str
         "".join(drawn),
         y=top,
         width="100%",
-        height=height,
-        viewBox=f"0 0 1000 {_attribute(height)}",
+        height=room,
+        viewBox=f"0 0 1000 {_attribute(room)}",
         preserveAspectRatio="none",
         class_=None if cut else "over",
     )
