@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from psap.calling import called
 from psap.errors import ArgumentError, ArgumentTypeError
 
 Protect = Literal["gate", "price", "pulse", "none"]
@@ -32,6 +33,7 @@ def _choice(owner: str, name: str, value: Any, allowed: tuple[str, ...]) -> None
         raise ArgumentError(f"{owner}.{name} is {value!r}; pass one of {', '.join(allowed)}")
 
 
+@called("psap.Target(macs=0.3)")
 @dataclass(frozen=True, kw_only=True)
 class Target:
     """What the small network may cost, as shares of the dense network; give one or several.
@@ -64,6 +66,7 @@ class Target:
                 _real("Target", item.name, value, math.nextafter(0.0, 1.0), 1.0, wanted)
 
 
+@called("psap.Config(target=psap.Target(macs=0.3))")
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """How a `Pruner` prunes. The symbols are those of docs/method.md.

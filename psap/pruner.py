@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from psap import optim, plans, prices, scores, selection
+from psap.calling import called
 from psap.config import Config
 from psap.errors import PsapError, StateError
 from psap.events import PruneEvent, WindowEvent, event_to_json
@@ -24,6 +25,7 @@ from psap.protect import Window, check_trainable
 from psap.pruner_state import (
     ARRAYS,
     COUNTERS,
+    FINISHED,
     Pace,
     Pruned,
     check_training,
@@ -41,6 +43,7 @@ from psap.ranks import Ranks
 from psap.shrink import Result, apply
 
 
+@called("psap.Pruner(model, example_inputs, optimizer=optimizer, config=config)")
 class Pruner:
     """Prunes a model while it trains.
 
@@ -142,8 +145,6 @@ class Pruner:
         Warns:
             PsapWarning: it is called too often for the network to train in between.
         """
-        if self._finished:
-            raise StateError("step() after finish(); train result.model on without the pruner")
         self._require_ready("step")
         if not self._checked and self._optimizer.state:
             optim.check_state(self._optimizer, self.graph.model)
@@ -305,8 +306,6 @@ class Pruner:
             PsapWarning: prune steps were still due. And later, if an optimizer that is not in the
                 result makes a step.
         """
-        if self._finished:
-            raise StateError("finish() was already called; use the result that it returned")
         self._require_ready("finish")
         keep = keep_optimizer and self._keep_optimizer
         if inplace:
@@ -351,6 +350,8 @@ class Pruner:
         optim.detach(self._hooks)
 
     def _require_ready(self, call: str) -> None:
+        if self._finished:
+            raise StateError(FINISHED[call])
         if self._closed:
             raise StateError(f"{call}() after close(); make a new Pruner for the model")
         self.gates.require_same()
@@ -385,8 +386,6 @@ class Pruner:
         Raises:
             StateError: the state belongs to another model or configuration, or is damaged.
         """
-        if self._finished:
-            raise StateError("load_state_dict() after finish(); make a new Pruner for it")
         self._require_ready("load_state_dict")
         rest, found = read_state(state, self.config, self._lineage, self._optimizer)
         if not rest.all():

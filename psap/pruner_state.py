@@ -28,6 +28,12 @@ from psap.scores import GroupStats
 Ints = schedule.Ints
 COUNTERS = ("step", "calls", "iteration", "left", "final")
 ARRAYS = ("alive", "fresh", "bonus", "factors")
+FINISHED = {
+    "step": "step() after finish(); train result.model on without the pruner",
+    "finish": "finish() was already called; use the result that it returned",
+    "load_state_dict": "load_state_dict() after finish(); make a new Pruner for it",
+}
+"""What a call says after `psap.Pruner.finish`."""
 
 
 @dataclass(frozen=True)
@@ -250,7 +256,7 @@ def check_training(optimizer: torch.optim.Optimizer, friends: Sequence[Any], gra
             "optimizer from model.parameters(); or pass the other optimizer to "
             "Pruner(friends=[...]); or freeze what shall stay with requires_grad_(False)",
             PsapWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 import psap
 
@@ -54,8 +59,36 @@ def test_configurations_are_values() -> None:
     assert hash(psap.Config(target=TARGET)) == hash(psap.Config())
     with pytest.raises(dataclasses.FrozenInstanceError, match="cannot assign"):
         psap.Config().window = 3
-    with pytest.raises(TypeError, match="positional"):
-        psap.Target(0.5)
+
+
+CALLS: dict[str, tuple[Callable[[], Any], str]] = {
+    "a share": (lambda: psap.Config(0.3), r"Config: too many positional arguments; call "
+                r"psap\.Config\(target=psap\.Target\(macs=0\.3\)\)"),
+    "a target": (lambda: psap.Target(0.5), r"Target: too many .*; call psap\.Target\(macs=0\.3\)"),
+    "a bound": (lambda: psap.Config(macs=0.3), r"keyword argument 'macs'; call psap\.Config\(targ"),
+    "a typo": (lambda: psap.Config(prune_step=3), r"'prune_step' \(is 'prune_steps' meant\?\); c"),
+    "a copy": (lambda: dataclasses.replace(TARGET, mac=1), r"'mac' \(is 'macs' meant\?\); call"),
+    "no optimizer": (lambda: psap.Pruner(nn.Linear(2, 2), torch.zeros(1, 2)), r"Pruner: missing a "
+                     r"required.* argument: 'optimizer'; call psap\.Pruner\(model, example_inputs, "
+                     r"optimizer=optimizer, config=config\)"),
+    "no name": (lambda: psap.Pruner(nn.Linear(2, 2), torch.zeros(1, 2), 3), r"Pruner: too many p"),
+    "nothing": (psap.Pruner, r"Pruner: missing a required argument: 'model'; call psap\.Pruner"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_wrong_call_shows_the_right_one(name: str) -> None:
+    call, message = CALLS[name]
+    with pytest.raises(psap.ArgumentTypeError, match=message):
+        call()
+
+
+def test_configurations_can_be_copied() -> None:
+    config = psap.Config(target=TARGET, window=3)
+    assert copy.deepcopy(config) == config == dataclasses.replace(config)
+    assert list(inspect.signature(psap.Config).parameters) == [
+        field.name for field in dataclasses.fields(config)
+    ]
 
 
 @pytest.mark.parametrize("value", [1, 1.0, 0.5, 5e-324])
