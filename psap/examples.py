@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from psap.graph.untouched import untouched
 from psap.symbolic import traced
+from psap.untouched import untouched
 
 
 def example_of(name: str, given: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

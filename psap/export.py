@@ -20,9 +20,9 @@ from psap.errors import PsapError, VerificationError
 from psap.files import Path_, replacing
 from psap.graph.inputs import as_inputs
 from psap.graph.trace import output_tensors
-from psap.graph.untouched import untouched
 from psap.recipe import check_is_result
 from psap.shrink import Result
+from psap.untouched import untouched
 
 TOLERANCE = 1e-4
 """Largest difference from PyTorch, relative to the largest output, in the model's own precision."""

@@ -13,7 +13,7 @@ from psap.graph import Graph
 from psap.graph.calls import QuietMode
 from psap.graph.rules import RULES
 from psap.graph.trace import Tracer, run
-from psap.graph.untouched import untouched
+from psap.untouched import untouched
 
 aten = torch.ops.aten
 

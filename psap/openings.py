@@ -14,8 +14,8 @@ from psap.graph.groups import met, run_auxiliary
 from psap.graph.labels import Ints
 from psap.graph.rules import RULES
 from psap.graph.trace import Tracer, run
-from psap.graph.untouched import untouched
 from psap.plans import Plan
+from psap.untouched import untouched
 
 
 def openings(

@@ -25,13 +25,13 @@ from psap.graph.groups import no_collection
 from psap.graph.labels import Ints, plain
 from psap.graph.rules import RULES
 from psap.graph.trace import Tracer, run
-from psap.graph.untouched import untouched
 from psap.openings import openings
 from psap.plans import Plan
 from psap.rewriting import rewrite
 from psap.shared import together
 from psap.sizes import Record
 from psap.symbolic import traced
+from psap.untouched import untouched
 
 
 class _Recorder(fx.Interpreter):

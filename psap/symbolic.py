@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from psap.errors import ArgumentError, VerificationError
-from psap.graph.untouched import untouched
 from psap.multihead import Traceable
 from psap.shared import SharedTracer, Uncompiled
+from psap.untouched import untouched
 
 
 def traced(model: nn.Module, given: Mapping[str, Any], *, whole: bool = False) -> fx.GraphModule:

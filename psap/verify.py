@@ -22,8 +22,8 @@ from psap.decisions import Decisions
 from psap.errors import PsapError, VerificationError
 from psap.graph.groups import no_collection
 from psap.graph.outputs import NoDropout, output_tensors
-from psap.graph.untouched import untouched
 from psap.plans import Plan
+from psap.untouched import untouched
 
 TOLERANCE = 1e-9
 """Largest relative error in float64."""

@@ -97,8 +97,8 @@ def test_files_of_the_package(name):
 # House rules that a linter does not know
 
 
-def imports_at_load(tree: ast.Module) -> Iterator[str]:
-    """Names of the modules that an import of this one imports, functions left out."""
+def imports(tree: ast.Module, *, functions: bool = False) -> Iterator[str]:
+    """Names of the modules that an import of this one imports; those in functions on demand."""
     waiting: list[ast.AST] = list(tree.body)
     while waiting:
         node = waiting.pop()
@@ -111,26 +111,70 @@ def imports_at_load(tree: ast.Module) -> Iterator[str]:
                 yield full if full in MODULES else str(node.module)
         elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             waiting += node.orelse
-        elif not isinstance(node, FUNCTIONS):
+        elif functions or not isinstance(node, FUNCTIONS):
             waiting += ast.iter_child_nodes(node)
 
 
+def import_graph(*, functions: bool = False) -> dict[str, set[str]]:
+    """For every module those of the project that it imports, and the packages that they are in."""
+    graph: dict[str, set[str]] = {}
+    for name, tree in MODULES.items():
+        found = {other for other in imports(tree, functions=functions) if other in MODULES}
+        parents = {".".join(other.split(".")[:n]) for other in found for n in range(1, 4)}
+        outside = {parent for parent in parents if not f"{name}.".startswith(f"{parent}.")}
+        graph[name] = found | (outside & set(MODULES))
+    return graph
+
+
+def reached(graph: dict[str, set[str]], start: str) -> set[str]:
+    found: set[str] = set()
+    waiting = [start]
+    while waiting:
+        new = graph[waiting.pop()] - found
+        found |= new
+        waiting += new
+    return found
+
+
 def test_modules_do_not_import_each_other_in_a_circle():
-    graph = {
-        name: {other for other in imports_at_load(tree) if other in MODULES}
-        for name, tree in MODULES.items()
-    }
+    graph = import_graph()
     assert graph["psap.data"] >= {"psap.data.loader", "psap.errors"}
+    assert graph["psap.shrink"] >= {"psap.graph", "psap.graph.groups"}
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         pytest.fail(f"import cycle: {' -> '.join(error.args[1])}")
 
 
+def test_only_plans_import_in_functions_what_imports_them():
+    """They are `Plan.diff`, `Plan.to_json` and ``plan(round_to="measured")`` to a caller."""
+    graph, whole = import_graph(), import_graph(functions=True)
+    back = {
+        (name, other)
+        for name in whole
+        for other in whole[name] - graph[name]
+        if name in reached(whole, other)
+    }
+    above = ("psap.plandiff", "psap.planfile", "psap.rounding")
+    assert back == {("psap.plans", other) for other in above}
+
+
+def test_the_channel_graph_imports_nothing_above_it():
+    """Not even in functions: the list in docs/architecture.md says what lies below psap/graph."""
+    below = {f"psap.{name}" for name in ("errors", "untouched", "shared", "multihead", "symbolic")}
+    below |= {"psap", "psap.examples"}
+    whole = import_graph(functions=True)
+    for name in MODULES:
+        if name in below or name.startswith("psap.graph"):
+            others = reached(whole, name) - below
+            assert {other for other in others if not other.startswith("psap.graph")} == set(), name
+            assert name not in below or not others, name
+
+
 def test_kernels_do_not_need_psap():
     for name, tree in MODULES.items():
         if name.startswith("psap_kernels"):
-            assert not [other for other in imports_at_load(tree) if other.split(".")[0] == "psap"]
+            assert not [other for other in imports(tree) if other.split(".")[0] == "psap"]
 
 
 @pytest.mark.parametrize("file", FILES)

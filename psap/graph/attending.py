@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from psap.errors import VerificationError
+from psap.examples import program_of
 from psap.graph.labels import Ints, Labels
 
 
@@ -28,8 +29,6 @@ class Attending:
 
     def settle(self, labels: Labels) -> None:
         """Freeze channels of modules whose forward() may fix widths, and cannot be rewritten."""
-        from psap.examples import program_of  # which needs a trace itself
-
         reasons: dict[type[nn.Module], str] = {}
         for kind, (module, args, kwargs) in self._calls.items():
             try:

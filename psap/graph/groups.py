@@ -18,7 +18,7 @@ from psap.graph.inputs import as_inputs, check_model
 from psap.graph.labels import Ints, plain
 from psap.graph.rules import RULES
 from psap.graph.trace import Call, Tracer, run
-from psap.graph.untouched import untouched
+from psap.untouched import untouched
 
 Side = tuple[str, int]
 """A dimension of a parameter or buffer: its name, and the dimension."""

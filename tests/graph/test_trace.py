@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from zoo import CASES
 
 import psap
-from psap.graph.untouched import untouched
+from psap.untouched import untouched
 
 
 class Failing(nn.Module):
