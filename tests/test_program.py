@@ -362,3 +362,23 @@ def test_many_blocks_cost_one_pass_and_one_change_of_torch(
     assert changes == ["__getattr__", "__call__"]
     assert len(passes) == (2 if stored else 1)  # a plan with its graph knows what counts channels
     assert_exact(model, plan, small, (image(),))
+
+
+class _Scaled(nn.Module):
+    """A block whose only size is right for any number of channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.gamma = conv(8, 8), nn.Parameter(torch.rand(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.one(x) * self.gamma.reshape(1, -1, 1, 1)
+
+
+def test_rows_of_all_that_there_is_count_no_channels() -> None:
+    model = randomise(nn.Sequential(conv(3, 8), _Scaled(), _Fixed(), head(8)))
+    plan = psap.plan(psap.trace(model, image()), ratio=0.5)
+    small = psap.apply(model, plan, mode="graph").model
+    assert type(small[1]) is _Scaled
+    assert isinstance(small[2], torch.fx.GraphModule)
+    assert_exact(model, plan, small, (image(),))

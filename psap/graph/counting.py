@@ -82,7 +82,7 @@ class Watch(NoDropout):
             labels = self._tracer.get(args[0])
             if labels is not None:
                 self._tracer.sizes.read.setdefault(self._tracer.inside(), {})[id(labels)] = labels
-        elif name in COUNTING or name.startswith("conv"):
+        elif (name in COUNTING or name.startswith("conv")) and not _one_row(name, args):
             self._note(name, tree_leaves((args[:1], out)))
         return out
 
@@ -105,3 +105,14 @@ class Watch(NoDropout):
             elif view is not None:
                 sizes.named.add((where, view.name))
         sizes.called(where, module, call["args"], call["kwargs"])
+
+
+def _one_row(name: str, args: tuple[Any, ...]) -> bool:
+    """Whether a call makes one row of all that there is, ``view(1, -1)``: right for any number."""
+    given = args[1:] if len(args) != 2 or isinstance(args[1], int) else args[1]
+    return (
+        name in ("view", "reshape")
+        and isinstance(given, (tuple, list))
+        and len(given) > 0
+        and all(type(size) is int and size in (1, -1) for size in given)
+    )
