@@ -9,6 +9,7 @@ their names, so parameters do too, and the result trains.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,16 +32,33 @@ from psap.rewriting import rewrite
 from psap.shared import together
 from psap.sizes import Record
 from psap.symbolic import traced
+from psap.twins import twins
 from psap.untouched import untouched
+
+ADDED = ("psap_", "_tensor_constant")
+"""What names of modules and of buffers begin with that only a program has."""
 
 
 class _Recorder(fx.Interpreter):
-    """Runs a dense program and notes shapes and labels of every value."""
+    """Runs a dense program on a module and notes shapes and labels of every value.
 
-    def __init__(self, module: fx.GraphModule, tracer: Tracer) -> None:
-        super().__init__(module)
+    Args:
+        module: the module, or one that is built alike.
+        program: its dense program.
+        tracer: what follows the labels.
+    """
+
+    def __init__(self, module: nn.Module, program: fx.GraphModule, tracer: Tracer) -> None:
+        super().__init__(module, graph=program.graph)
+        self._program = program
         self.tracer = tracer
         self.record = Record()
+
+    def fetch_attr(self, target: str) -> Any:
+        """An attribute of the module, or what tracing added to the program."""
+        if target.startswith(ADDED) and hasattr(self._program, target):
+            return getattr(self._program, target)
+        return super().fetch_attr(target)
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node; keep what rewriting needs to know about its result."""
@@ -95,13 +113,17 @@ def program(
     records, alive = _record(model, dense, cast, plan)
     small = small_copy(model, plan)
     made = 0
+    places = _places(small)
     for name in sorted(dense, key=lambda n: (n != "", n.count(".")), reverse=True):
+        body = small.get_submodule(name)
         try:
-            part = _small(dense[name], small.get_submodule(name), records[name], alive)
+            part = _small(dense[name], body, records[name], alive)
         except VerificationError as error:
             failures.append(str(error))
             continue
-        small = _replaced(small, name, part)
+        for children, key in places.get(id(body), ()):
+            children[key] = part
+        small = small if name else part
         made += 1
     if not made:
         raise VerificationError("; ".join(failures))
@@ -119,11 +141,12 @@ def _traced(
 
     def trace_all(known: Mapping[str, Mapping[str, Any]], whole: bool = False) -> dict[str, str]:
         errors: dict[str, str] = {}
-        for name, given in known.items():
+        for names in twins(model, known):
+            module, given = model.get_submodule(names[0]), known[names[0]]
             try:
-                dense[name] = traced(model.get_submodule(name), given, whole=whole)
+                dense.update(dict.fromkeys(names, traced(module, given, whole=whole)))
             except VerificationError as error:
-                errors[name] = str(error)
+                errors.update(dict.fromkeys(names, str(error)))
         return errors
 
     errors = together(lambda: trace_all(opened))
@@ -153,11 +176,11 @@ def _small(dense: fx.GraphModule, body: nn.Module, record: Record, alive: Ints) 
             for name in ("batch_first", "num_heads", "_qkv_same_embed_dim"):
                 graph.get_attr(name)  # others ask for it; only what a program uses is copied
     for name, module in dense.named_children():
-        if name.startswith("psap_"):
-            body.add_module(name, module.train(body.training))
+        if name.startswith(ADDED):
+            body.add_module(name, copy.deepcopy(module).train(body.training))
     for name, constant in dense.named_buffers(recurse=False):
-        if name.startswith("_tensor_constant"):
-            body.register_buffer(name, constant, persistent=False)
+        if name.startswith(ADDED):
+            body.register_buffer(name, constant.clone(), persistent=False)
     device = next((x.device for x in body.parameters()), torch.device("cpu"))
     for name, constant in record.constants.items():
         body.register_buffer(name, constant.to(device), persistent=False)
@@ -171,16 +194,13 @@ def _small(dense: fx.GraphModule, body: nn.Module, record: Record, alive: Ints) 
     return small
 
 
-def _replaced(model: nn.Module, name: str, part: nn.Module) -> nn.Module:
-    """The model with another module under this name, and wherever else it is the same one."""
-    if not name:
-        return part
-    old = model.get_submodule(name)
-    for parent in list(model.modules()):
+def _places(model: nn.Module) -> dict[int, list[tuple[dict[str, Any], str]]]:
+    """For every module, by identity, the dictionaries that hold it, and under which names."""
+    found: dict[int, list[tuple[dict[str, Any], str]]] = {}
+    for parent in model.modules():
         for key, child in parent._modules.items():
-            if child is old:
-                parent._modules[key] = part
-    return model
+            found.setdefault(id(child), []).append((parent._modules, key))
+    return found
 
 
 def _cast(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -200,7 +220,9 @@ def _record(
         What each program showed, and for every label 1 if its channel stays, else 0.
     """
     tracer = Tracer(model, RULES)
-    recorders = {name: _Recorder(part, tracer) for name, part in dense.items()}
+    recorders = {
+        name: _Recorder(model.get_submodule(name), part, tracer) for name, part in dense.items()
+    }
     with untouched(model), _through(model, recorders):
         run(tracer, model, inputs, training=False)
     for recorder in recorders.values():
