@@ -61,6 +61,7 @@ def restricted(graph: Graph, alive: Bools) -> Graph:
         groups=groups,
         group_of=graph.group_of[alive],
         sizes={name: renumbered(found) for name, found in graph.sizes.items()},
+        entries={},
     )
 
 

@@ -35,7 +35,7 @@ def openings(
         For the name of each module the arguments that it was called with and that are no tensors;
         the model itself if there is no such module.
     """
-    gone = _gone(plan)
+    gone = removed(plan)
     if plan.graph is not None and gone is not None:
         names = [name for name, channels in plan.graph.sizes.items() if gone[channels].any()]
         given = plan.graph.given
@@ -52,7 +52,7 @@ def openings(
     return {name: given.get(name, {}) for name in sorted(names)} or {"": {}}
 
 
-def _gone(plan: Plan) -> np.ndarray[Any, np.dtype[np.bool_]] | None:
+def removed(plan: Plan) -> np.ndarray[Any, np.dtype[np.bool_]] | None:
     """For every channel of the plan's graph whether it goes, and False for -1, or None."""
     if plan.graph is None:
         return None

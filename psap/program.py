@@ -10,12 +10,9 @@ their names, so parameters do too, and the result trains.
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
@@ -23,59 +20,16 @@ from torch.utils._pytree import tree_map
 from psap.errors import VerificationError
 from psap.examples import example_of, examples
 from psap.graph.groups import no_collection
-from psap.graph.labels import Ints, plain
-from psap.graph.rules import RULES
-from psap.graph.trace import Tracer, run
+from psap.graph.labels import Ints
 from psap.openings import openings
 from psap.plans import Plan
+from psap.recording import ADDED, living, recorded
 from psap.rewriting import rewrite
 from psap.shared import together
 from psap.sizes import Record
 from psap.symbolic import traced
 from psap.twins import twins
 from psap.untouched import untouched
-
-ADDED = ("psap_", "_tensor_constant")
-"""What names of modules and of buffers begin with that only a program has."""
-
-
-class _Recorder(fx.Interpreter):
-    """Runs a dense program on a module and notes shapes and labels of every value.
-
-    Args:
-        module: the module, or one that is built alike.
-        program: its dense program.
-        tracer: what follows the labels.
-    """
-
-    def __init__(self, module: nn.Module, program: fx.GraphModule, tracer: Tracer) -> None:
-        super().__init__(module, graph=program.graph)
-        self._program = program
-        self.tracer = tracer
-        self.record = Record()
-
-    def fetch_attr(self, target: str) -> Any:
-        """An attribute of the module, or what tracing added to the program."""
-        if target.startswith(ADDED) and hasattr(self._program, target):
-            return getattr(self._program, target)
-        return super().fetch_attr(target)
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Run one node; keep what rewriting needs to know about its result."""
-        value = super().run_node(n)
-        if isinstance(value, Tensor):
-            labels = self.tracer.get(value)
-            view = self.tracer.view(value)
-            if labels is not None:
-                self.record.labels[n] = plain(labels)
-            elif view is not None:
-                self.record.views[n] = view
-            self.record.values[n] = value.shape
-        elif isinstance(value, (tuple, list)) and all(isinstance(v, Tensor) for v in value):
-            self.record.values[n] = [v.shape for v in value]
-        else:
-            self.record.values[n] = value
-        return value
 
 
 @no_collection()
@@ -107,10 +61,11 @@ def program(
     cast = _cast(model, inputs)
     dense: dict[str, fx.GraphModule] = {}
     failures: list[str] = [] if notes is None else notes
-    opened = openings(model, plan, cast, lambda tracer: _alive(tracer, plan))
+    opened = openings(model, plan, cast, lambda tracer: living(tracer, plan))
 
     dense.update(_traced(model, opened, cast, failures))
-    records, alive = _record(model, dense, cast, plan)
+    same = plan.graph is not None and inputs is plan.graph.inputs
+    records, alive = recorded(model, dense, cast, plan, alone=same)
     small = small_copy(model, plan)
     made = 0
     places = _places(small)
@@ -209,64 +164,3 @@ def _cast(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, inputs
     )
     return cast
-
-
-def _record(
-    model: nn.Module, dense: Mapping[str, fx.GraphModule], inputs: tuple[Any, ...], plan: Plan
-) -> tuple[dict[str, Record], Ints]:
-    """Run the model with its programs under a label tracer.
-
-    Returns:
-        What each program showed, and for every label 1 if its channel stays, else 0.
-    """
-    tracer = Tracer(model, RULES)
-    recorders = {
-        name: _Recorder(model.get_submodule(name), part, tracer) for name, part in dense.items()
-    }
-    with untouched(model), _through(model, recorders):
-        run(tracer, model, inputs, training=False)
-    for recorder in recorders.values():
-        recorder.record.kept = plan.kept()
-        recorder.record.shapes = tracer.shapes
-    return {name: r.record for name, r in recorders.items()}, _alive(tracer, plan)
-
-
-@contextmanager
-def _through(model: nn.Module, recorders: Mapping[str, _Recorder]) -> Iterator[None]:
-    """Let the recorders take the calls of their modules."""
-    before: list[tuple[nn.Module, Any]] = []
-    try:
-        for name, recorder in recorders.items():
-            module = model.get_submodule(name)
-            signature = inspect.signature(module.forward)
-            before.append((module, vars(module).get("forward")))
-
-            def forward(
-                *args: Any, _r: _Recorder = recorder, _s: inspect.Signature = signature, **keys: Any
-            ) -> Any:
-                bound = _s.bind(*args, **keys)
-                bound.apply_defaults()
-                return _r.run(*bound.args, *bound.kwargs.values())
-
-            vars(module)["forward"] = forward
-        yield
-    finally:
-        for module, old in before:
-            if old is None:
-                vars(module).pop("forward", None)
-            else:
-                vars(module)["forward"] = old
-
-
-def _alive(tracer: Tracer, plan: Plan) -> Ints:
-    """For every label 1 if its channel stays, else 0."""
-    root, _ = tracer.labels.resolve()
-    alive = np.ones(max(1, tracer.labels.count), dtype=np.int64)
-    for side in plan.sides:
-        labels = tracer.along.get((side.name, side.dim))
-        if labels is not None:
-            gone = np.ones(labels.numel(), dtype=bool)
-            gone[np.array(side.kept, dtype=np.int64)] = False
-            alive[root[labels.numpy()[gone]]] = 0
-    result: Ints = alive[root]
-    return result

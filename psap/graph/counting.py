@@ -7,8 +7,11 @@ forward(), or what it does in train mode only, is no obstacle as long as it coun
 from __future__ import annotations
 
 import inspect
-from typing import Any
+import weakref
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -23,6 +26,21 @@ COUNTING = frozenset({
 """Names of calls whose arguments may count channels."""
 
 
+class Given(NamedTuple):
+    """A tensor that a module was called with: enough to call it again.
+
+    Attributes:
+        shape, stride, dtype, device: those of the tensor.
+        labels: its compact labels, or None.
+    """
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    labels: Tensor | None
+
+
 class Sizes:
     """What calls with sizes touched, by the name of the module in whose forward() they are.
 
@@ -32,6 +50,8 @@ class Sizes:
         fixed: modules that call with sizes that may be those of another tensor.
         named: modules that call so with parameters, and which.
         given: plain arguments of the first call of each of these modules.
+        entries: all arguments of each that is called once, in order, tensors as `Given`; None where
+            a second call needs more than that.
         spread: tensors without channels that forward() itself expands to a size.
     """
 
@@ -41,16 +61,29 @@ class Sizes:
         self.fixed: set[str] = set()
         self.named: set[tuple[str, str]] = set()
         self.given: dict[str, dict[str, Any]] = {}
+        self.entries: dict[str, list[Any] | None] = {}
+        self._calls: dict[str, weakref.ref[Tensor] | None] = {}
         self.spread: TensorMap[bool] = TensorMap()
 
     def touched(self, name: str, labels: Tensor) -> None:
         """Note labels that a call with sizes touches."""
         self.found.setdefault(name, {})[id(labels)] = labels
 
-    def called(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Note what a module was called with, as far as it is None, a switch or a name."""
+    def called(self, tracer: Any, call: Mapping[str, Any]) -> None:
+        """Note what a module was called with.
+
+        Args:
+            tracer: the `psap.graph.trace.Tracer` that follows the labels.
+            call: the module as "self", "args" and "kwargs".
+        """
+        module, args, kwargs = call["self"], call["args"], call["kwargs"]
+        name = tracer.name_of(module)
+        first = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
         if name in self.given:
+            if tracer.counting and not _is(self._calls[name], first):
+                self.entries[name] = None
             return
+        self._calls[name] = None if first is None else weakref.ref(first)
         try:
             bound = inspect.signature(module.forward).bind(*args, **kwargs)
         except (TypeError, ValueError):  # of TorchScript, or a wrapper that adds arguments
@@ -59,6 +92,34 @@ class Sizes:
         bound.apply_defaults()
         plain = {k: v for k, v in bound.arguments.items() if v is None or type(v) in (bool, str)}
         self.given[name] = plain
+        if tracer.counting and not (module._forward_pre_hooks or module._forward_hooks):
+            self.entries[name] = _entry([*bound.args, *bound.kwargs.values()], tracer)
+
+
+def _is(kept: weakref.ref[Tensor] | None, tensor: Tensor | None) -> bool:
+    return kept is not None and kept() is tensor
+
+
+def _entry(values: Any, tracer: Any) -> list[Any] | None:
+    """Arguments for a second call, or None if some are more than numbers in tensors."""
+    found: list[Any] = []
+    for value in values:
+        if value is None or type(value) in (bool, str, int, float):
+            found.append(value)
+        elif type(value) in (list, tuple):
+            inner = _entry(value, tracer)
+            if inner is None:
+                return None
+            found.append(type(value)(inner))
+        elif type(value) is Tensor and value.is_floating_point() and value.layout is torch.strided:
+            labels = tracer.get(value)
+            if tracer.view(value) is not None:
+                return None
+            form = value.shape, value.stride(), value.dtype, value.device
+            found.append(Given(*form, labels))
+        else:
+            return None
+    return found
 
 
 class Watch(NoDropout):
@@ -104,7 +165,7 @@ class Watch(NoDropout):
                 sizes.touched(where, labels)
             elif view is not None:
                 sizes.named.add((where, view.name))
-        sizes.called(where, module, call["args"], call["kwargs"])
+        sizes.called(self._tracer, call)
 
 
 def _one_row(name: str, args: tuple[Any, ...]) -> bool:

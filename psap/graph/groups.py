@@ -73,6 +73,8 @@ class Graph:
         sizes: channels that calls with sizes touch, by the module in whose forward() they are; -1
             for those that are fixed.
         given: plain arguments that these modules were called with.
+        entries: what a second call of these modules needs (`psap.graph.counting.Sizes`).
+        channel_of: for every label in the entries its channel, or -1.
         unknown_ops: ATen ops that no rule covers, with how often they were met.
     """
 
@@ -92,6 +94,8 @@ class Graph:
     counted: frozenset[int]
     sizes: Mapping[str, Ints] = field(repr=False)
     given: Mapping[str, Mapping[str, Any]] = field(repr=False)
+    entries: Mapping[str, list[Any] | None] = field(repr=False)
+    channel_of: Ints = field(repr=False)
     unknown_ops: Mapping[str, int]
     group_of: Ints = field(repr=False)
 
@@ -183,7 +187,8 @@ def build(model: nn.Module, inputs: tuple[Any, ...], tracer: Tracer) -> Graph:
     lives = [bool((ids >= 0).any()) for ids in found]
     pruned = {side for side, number in at.items() if lives[number]}
     group_of = np.repeat(np.arange(len(groups)), sizes)
-    fixed, products = moving_macs(tracer.products, channel[root], group_of, sizes)
+    channel_of = channel[root]
+    fixed, products = moving_macs(tracer.products, channel_of, group_of, sizes)
     return Graph(
         model=model,
         inputs=inputs,
@@ -198,9 +203,11 @@ def build(model: nn.Module, inputs: tuple[Any, ...], tracer: Tracer) -> Graph:
         normalised={k: tuple(sorted(v)) for k, v in tracer.normalised.items()},
         affine=frozenset(tracer.affine),
         left_alone=_reasons(pruned, roots, frozen, weights, owners, tracer),
-        counted=_counted(channel[root], group_of, tracer),
-        sizes={n: runs(channel[root[labels]])[0] for n, labels in met(tracer).items()},
+        counted=_counted(channel_of, group_of, tracer),
+        sizes={n: runs(channel_of[labels])[0] for n, labels in met(tracer).items()},
         given=dict(tracer.sizes.given),
+        entries=dict(tracer.sizes.entries),
+        channel_of=channel_of,
         unknown_ops=dict(tracer.unknown),
         group_of=group_of.astype(np.int64),
     )

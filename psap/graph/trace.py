@@ -250,7 +250,7 @@ class Tracer(QuietMode):
         if call is not None:
             name = self.name_of(call["self"])
             self.sizes.touched(name, labels)
-            self.sizes.called(name, call["self"], call["args"], call["kwargs"])
+            self.sizes.called(self, call)
 
     # Who made what
 
@@ -362,6 +362,20 @@ def _eager() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def following(tracer: Tracer) -> Iterator[None]:
+    """Let a tracer see all calls."""
+    with (
+        _eager(),
+        Inside(tracer),
+        Watch(tracer),
+        torch.inference_mode(False),  # which turns gradients on
+        torch.no_grad(),
+        tracer,
+    ):
+        yield
+
+
 def run(tracer: Tracer, model: nn.Module, inputs: tuple[Any, ...], training: bool) -> None:
     """Run the model once under the tracer and freeze what comes out.
 
@@ -370,14 +384,7 @@ def run(tracer: Tracer, model: nn.Module, inputs: tuple[Any, ...], training: boo
     """
     model.train(training)
     try:
-        with (
-            _eager(),
-            Inside(tracer),
-            Watch(tracer),
-            torch.inference_mode(False),  # which turns gradients on
-            torch.no_grad(),
-            tracer,
-        ):
+        with following(tracer):
             output = model(*inputs)
     except Exception as error:
         mode = "training" if training else "evaluation"
