@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from psap.config import Target
 from psap.errors import ArgumentError
 from psap.graph import Graph
+from psap.members import named_tensors
 
 if TYPE_CHECKING:
     from psap.latency import LatencyTable
@@ -78,7 +79,7 @@ class CostModel:
 
     def __init__(self, graph: Graph, latency: LatencyTable | None = None) -> None:
         self._graph = graph
-        names = [name for name, _ in graph.model.named_parameters()]
+        names = list(named_tensors(graph.model)[0])
         count, known = len(names), set(names)
         names += [n for n in dict.fromkeys(c.weight for c in graph.calls) if n not in known]
         row = {name: i for i, name in enumerate(names)}

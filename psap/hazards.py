@@ -9,11 +9,13 @@ Contiguous tensors take another kernel.
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import nn
 
 from psap.errors import PsapWarning
+from psap.members import named_modules
 
 LANES = 16
 
@@ -22,7 +24,7 @@ def strided_pointwise(model: nn.Module) -> list[str]:
     """Names of the float32 convolutions on the CPU with 1x1 kernels, strides and no groups."""
     return [
         name
-        for name, module in model.named_modules()
+        for name, module in named_modules(model)
         if isinstance(module, nn.Conv2d)
         and set(module.kernel_size) == {1}
         and max(module.stride) > 1
@@ -44,7 +46,7 @@ def warn_unsafe(model: nn.Module) -> None:
         PsapWarning: a strided 1x1 convolution has too few input channels, and the model is in
             channels_last on a CPU.
     """
-    modules = dict(model.named_modules())
+    modules: dict[str, Any] = dict(named_modules(model))
     names = [n for n in strided_pointwise(model) if modules[n].weight.shape[1] < LANES]
     last = any(
         p.dim() == 4

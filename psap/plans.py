@@ -16,6 +16,7 @@ from psap.cost import KINDS, Budget, Cost, CostModel, LayerCost
 from psap.errors import ArgumentError, ArgumentTypeError, TargetError
 from psap.graph import Graph
 from psap.graph.parts import part
+from psap.members import named_tensors
 
 if TYPE_CHECKING:
     from psap.latency import LatencyTable
@@ -173,7 +174,8 @@ class Plan:
 
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 over the names and shapes of all parameters and buffers."""
-    named = [*model.named_parameters(), *model.named_buffers()]
+    parameters, buffers = named_tensors(model)
+    named = [*parameters.items(), *buffers.items()]
     text = "\n".join(f"{name} {tuple(tensor.shape)}" for name, tensor in named)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -276,7 +278,7 @@ def plan(
     choices.check_whole("seed", seed, 0)
     _require_fresh(graph)
     cost = CostModel(graph, latency)
-    tensors = dict(graph.model.named_parameters())
+    tensors, _ = named_tensors(graph.model)
     sizes = [group.size for group in graph.groups]
     bounds = schedule.limits(sizes, 1.0, min_channels, round_to)
     stats = scores.measure(graph, tensors, 0.5, "l1" if score == "l1" else "l2")
@@ -312,7 +314,8 @@ def nothing_to_prune(graph: Graph) -> TargetError:
 
 
 def _require_fresh(graph: Graph) -> None:
-    tensors = {**dict(graph.model.named_parameters()), **dict(graph.model.named_buffers())}
+    parameters, buffers = named_tensors(graph.model)
+    tensors = {**parameters, **buffers}
     for name, shape in graph.shapes.items():
         if name not in tensors or tuple(tensors[name].shape) != tuple(shape):
             now = f"has shape {tuple(tensors[name].shape)}" if name in tensors else "is gone"

@@ -17,6 +17,7 @@ from psap.commit import commit
 from psap.errors import ArgumentError, ArgumentTypeError, VerificationError
 from psap.graph.groups import no_collection
 from psap.graph.inputs import as_inputs, check_model
+from psap.members import named_modules, named_tensors
 from psap.plans import Plan, fingerprint
 from psap.program import program
 from psap.ranks import Ranks
@@ -83,7 +84,8 @@ def check_plan(model: nn.Module, plan: Plan) -> nn.Module:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    parameters, buffers = named_tensors(model)
+    return {**parameters, **buffers}
 
 
 def gather(tensor: Tensor, kept: Mapping[int, tuple[int, ...]]) -> Tensor:
@@ -194,7 +196,7 @@ def small_copy(model: nn.Module, plan: Plan) -> nn.Module:
     for (at, _), part in zip(grads, parts[len(tensors) :], strict=True):
         memo[id(tensors[names[at]])].grad = part
     small = copied(model, memo)
-    for module in small.modules():
+    for _, module in named_modules(small):
         _refit(module)
     return small
 

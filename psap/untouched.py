@@ -8,13 +8,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from psap.members import named_modules, put_training
+
 Kind = tuple[torch.dtype, torch.device]
 
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Put back train flags, buffers and the random state when the block ends."""
-    flags = [(module, module.training) for module in model.modules()]
+    flags = [(module, module.training) for _, module in named_modules(model)]
     parts = [t for m, _ in flags for t in (*m._parameters.values(), *m._buffers.values())]
     held = {id(t): t for m, _ in flags for t in m._buffers.values() if t is not None}
     saved = _joined(held.values())
@@ -25,7 +27,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
         finally:
             for module, training in flags:
                 if module.training is not training:
-                    module.training = training
+                    put_training(module, training)
             _put_back(held.values(), saved)
 
 

@@ -7,7 +7,6 @@ residual branch with gamma = 0). They are compared in evaluation and in train mo
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from psap.copying import deep_copy
 from psap.decisions import Decisions
 from psap.errors import PsapError, VerificationError
 from psap.graph.groups import no_collection
@@ -165,7 +165,7 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
                 memo[id(value)] = value.detach().clone()
     try:
         with no_collection():  # which would look at all that is there again and again
-            return copy.deepcopy(model, memo)
+            return deep_copy(model, memo)
     except Exception as error:
         raise PsapError(
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); remove "

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from psap.errors import ArgumentError, ArgumentTypeError
+from psap.members import named_tensors
 
 
 def as_inputs(example_inputs: Any) -> tuple[Any, ...]:
@@ -55,7 +56,7 @@ def check_model(model: Any) -> nn.Module:
         raise ArgumentTypeError(
             "model is a ScriptModule; pass the eager nn.Module it was made from"
         )
-    parameters = dict(checked.named_parameters())
+    parameters, _ = named_tensors(checked)
     if not parameters:
         raise ArgumentError("model has no parameters; there is nothing to prune")
     lazy = [n for n, p in parameters.items() if isinstance(p, nn.parameter.UninitializedParameter)]
@@ -67,7 +68,7 @@ def check_model(model: Any) -> nn.Module:
             f"{sharded[0]} is spread over several processes (FSDP or a DTensor), so that none "
             "has whole channels; train with DistributedDataParallel, or gather the model first"
         )
-    devices = sorted({str(p.device) for p in parameters.values()})
+    devices = sorted(map(str, {p.device for p in parameters.values()}))
     if len(devices) > 1:
         raise ArgumentError(f"model lies on several devices ({', '.join(devices)}); move it to one")
     if devices == ["meta"]:

@@ -33,6 +33,7 @@ from psap.graph.counting import Sizes, Watch
 from psap.graph.labels import TAINT, Labels, compact, plain, tainting
 from psap.graph.outputs import Inside
 from psap.graph.outputs import output_tensors as output_tensors
+from psap.members import named_modules, named_tensors, set_training
 
 Args = dict[str, Any]
 Rule = Callable[["Tracer", Args, Any], None]
@@ -123,9 +124,8 @@ class Tracer(QuietMode):
         self._taints: dict[int, str] = {}
         self._tainting: list[tuple[Tensor, str]] = []
         self._claimed: set[str] = set()
-        self._names: dict[int, str] = {id(module): name for name, module in model.named_modules()}
-        self.parameters = dict(model.named_parameters())
-        self.buffers = dict(model.named_buffers())
+        self._names = {id(module): name for name, module in named_modules(model)}
+        self.parameters, self.buffers = named_tensors(model)
         for name, tensor in (*self.parameters.items(), *self.buffers.items()):
             self._views[tensor] = View(name, tuple(range(tensor.dim())))
             self.shapes[name] = tuple(tensor.shape)
@@ -382,7 +382,7 @@ def run(tracer: Tracer, model: nn.Module, inputs: tuple[Any, ...], training: boo
     Raises:
         TraceError: the model's forward failed, or returned no tensor.
     """
-    model.train(training)
+    set_training(model, training)
     try:
         with following(tracer):
             output = model(*inputs)

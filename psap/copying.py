@@ -1,0 +1,66 @@
+"""`copy.deepcopy` of a model that does not ask every small thing in it how it is copied."""
+
+from __future__ import annotations
+
+import copy
+import copyreg
+from collections import OrderedDict
+from typing import Any
+
+from torch import nn
+
+_PROTOCOL = ("__reduce__", "__reduce_ex__", "__getstate__", "__getnewargs__", "__getnewargs_ex__",
+             "__deepcopy__", "__new__")  # fmt: skip
+_ATOMS = (type(None), bool, int, float, str)
+_OWN = frozenset(vars(nn.Module())) - {"_non_persistent_buffers_set"}
+"""What every module has: numbers, and dictionaries of parts and hooks."""
+
+
+def deep_copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """What ``copy.deepcopy(model, memo)`` gives, several times as fast.
+
+    Args:
+        model: the model; modules whose classes say how they are copied are copied like that.
+        memo: replacements of objects by ``id``; those of what is copied are added.
+    """
+    copied: nn.Module = _Copier(memo).of(model)
+    return copied
+
+
+class _Copier:
+    def __init__(self, memo: dict[int, Any]) -> None:
+        self._memo = memo
+        self._plain: dict[type, bool] = {}
+
+    def of(self, value: Any) -> Any:
+        """A copy of anything."""
+        kind = type(value)
+        if kind in _ATOMS:
+            return value
+        if id(value) in self._memo:
+            return self._memo[id(value)]
+        if not isinstance(value, nn.Module) or not self._by_parts(value):
+            return copy.deepcopy(value, self._memo)
+        made: nn.Module = object.__new__(kind)
+        self._memo[id(value)] = made
+        made.__setstate__({key: self._part(key, part) for key, part in vars(value).items()})
+        return made
+
+    def _part(self, key: str, value: Any) -> Any:
+        """A copy of an attribute; dictionaries that every module has are walked here."""
+        kind = type(value)
+        if key not in _OWN or kind not in (dict, OrderedDict) or id(value) in self._memo:
+            return self.of(value)
+        made: dict[Any, Any] = kind()
+        self._memo[id(value)] = made
+        made.update((name, self.of(item)) for name, item in value.items())
+        return made
+
+    def _by_parts(self, module: nn.Module) -> bool:
+        """Whether ``copy.deepcopy`` would copy the attributes of a module and nothing else."""
+        kind = type(module)
+        if kind not in self._plain:
+            usual = all(getattr(kind, n, None) is getattr(nn.Module, n, None) for n in _PROTOCOL)
+            slots = any(vars(base).get("__slots__") for base in kind.__mro__)
+            self._plain[kind] = usual and not slots and kind not in copyreg.dispatch_table
+        return self._plain[kind] and "__deepcopy__" not in vars(module)
