@@ -17,10 +17,10 @@ from psap.errors import ArgumentError, ArgumentTypeError, TargetError
 from psap.graph import Graph
 from psap.graph.parts import part
 from psap.members import named_tensors
+from psap.plandiff import PlanDiff, diff
 
 if TYPE_CHECKING:
     from psap.latency import LatencyTable
-    from psap.plandiff import PlanDiff
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,6 @@ class Plan:
             ArgumentTypeError: ``other`` is no plan.
             ArgumentError: it was made for another model, or has other channel groups.
         """
-        from psap.plandiff import diff
-
         return diff(self, other)
 
     def to_json(self) -> str:

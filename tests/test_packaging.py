@@ -147,7 +147,7 @@ def test_modules_do_not_import_each_other_in_a_circle():
 
 
 def test_only_plans_import_in_functions_what_imports_them():
-    """They are `Plan.diff`, `Plan.to_json` and ``plan(round_to="measured")`` to a caller."""
+    """They are `Plan.to_json` and ``plan(round_to="measured")`` to a caller."""
     graph, whole = import_graph(), import_graph(functions=True)
     back = {
         (name, other)
@@ -155,7 +155,7 @@ def test_only_plans_import_in_functions_what_imports_them():
         for other in whole[name] - graph[name]
         if name in reached(whole, other)
     }
-    above = ("psap.plandiff", "psap.planfile", "psap.rounding")
+    above = ("psap.planfile", "psap.rounding")
     assert back == {("psap.plans", other) for other in above}
 
 

@@ -18,17 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from psap.errors import TraceError
+from psap.graph import calls
 from psap.graph.attending import Attending
-from psap.graph.calls import (
-    QuietMode,
-    Schema,
-    TensorMap,
-    bind,
-    schema,
-    tensors_in,
-    why_lost,
-    why_whole,
-)
+from psap.graph.calls import QuietMode, Schema, TensorMap, bind, schema, tensors_in
 from psap.graph.counting import Sizes, Watch
 from psap.graph.labels import TAINT, Labels, compact, plain, tainting
 from psap.graph.outputs import Inside
@@ -288,7 +280,7 @@ class Tracer(QuietMode):
             for view in views:
                 self.reached.add(view.name)
                 if view.name not in self._claimed:
-                    self.freeze_parameter(view, why_whole(view.name, found))
+                    self.freeze_parameter(view, calls.why_whole(view.name, found))
         return out
 
     def _like_channels(self, found: Schema, tensors: list[Tensor]) -> bool:
@@ -309,7 +301,7 @@ class Tracer(QuietMode):
         followed = self.closed or any(self.get(t) is not None for t in tensors_in((out,)))
         if rule is None or not followed or self._writes_through(found, rule, tensors):
             for labels in before:
-                self.freeze(labels, why_lost(found, known=rule is not None))
+                self.freeze(labels, calls.why_lost(found, known=rule is not None))
 
     def _writes_through(self, found: Schema, rule: Rule, tensors: list[Tensor]) -> bool:
         """Whether a call changes a part of another tensor in a way that may leave no zero there."""
