@@ -1,4 +1,4 @@
-"""Classes that say how they are called, where Python would speak of their ``__init__``."""
+"""Functions and classes that say how they are called, where Python would speak of positions."""
 
 from __future__ import annotations
 
@@ -10,35 +10,38 @@ from typing import Any, TypeVar
 
 from psap.errors import ArgumentTypeError
 
-Kind = TypeVar("Kind", bound=type)
+Kind = TypeVar("Kind", bound=Callable[..., Any])
 
 
 def called(example: str) -> Callable[[Kind], Kind]:
-    """Refuse arguments that a class does not take with an `ArgumentTypeError` that shows a call.
+    """Refuse arguments that are not taken with an `ArgumentTypeError` that shows a call.
 
     Args:
-        example: the right call, as it would be typed.
+        example: the right call of the function or class, as it would be typed.
     """
 
     def decorate(kind: Kind) -> Kind:
-        make: Callable[..., None] = kind.__init__  # type: ignore[misc]
-        signature = inspect.signature(make)
-
-        @functools.wraps(make)
-        def checked(self: Any, *args: Any, **options: Any) -> None:
-            try:
-                signature.bind(self, *args, **options)
-            except TypeError as error:
-                meant = _meant(options, list(signature.parameters))
-                raise ArgumentTypeError(
-                    f"{kind.__name__}: {error}{meant}; call {example}"
-                ) from None
-            make(self, *args, **options)
-
-        kind.__init__ = checked  # type: ignore[misc]
+        if not isinstance(kind, type):
+            return _checking(kind, kind.__name__, example)  # type: ignore[no-any-return]
+        kind.__init__ = _checking(kind.__init__, kind.__name__, example)  # type: ignore[misc]
         return kind
 
     return decorate
+
+
+def _checking(call: Callable[..., Any], name: str, example: str) -> Any:
+    signature = inspect.signature(call)
+
+    @functools.wraps(call)
+    def checked(*args: Any, **options: Any) -> Any:
+        try:
+            signature.bind(*args, **options)
+        except TypeError as error:
+            meant = _meant(options, list(signature.parameters))
+            raise ArgumentTypeError(f"{name}: {error}{meant}; call {example}") from None
+        return call(*args, **options)
+
+    return checked
 
 
 def _meant(options: dict[str, Any], known: list[str]) -> str:

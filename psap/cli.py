@@ -192,7 +192,7 @@ def diff(
     """Say which channels one plan removes and the other does not.
 
     Args:
-        first: the folder of a run, or a file with the text of Plan.to_json().
+        first: the folder of a run, a file of psap.save, or one with the text of Plan.to_json().
         second: another one, of the same model.
         as_json: for machines.
     """
@@ -333,9 +333,10 @@ def _text(path: Path) -> str:
     """A file of a finished run."""
     try:
         return path.read_text()
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is no text"
         raise FileError(
-            f"{path} cannot be read ({error.strerror}); pass the folder of a finished run"
+            f"{path} cannot be read ({why}); pass the folder of a finished run"
         ) from error
 
 
@@ -369,6 +370,8 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 def _plan(path: Path) -> Plan:
     from psap.plans import Plan
+    from psap.recipe import saved_plan
 
-    file = path / "plan.json" if path.is_dir() else path
-    return Plan.from_json(_text(file))
+    if path.suffix == ".safetensors":
+        return saved_plan(path)
+    return Plan.from_json(_text(path / "plan.json" if path.is_dir() else path))

@@ -63,5 +63,5 @@ def warn_unsafe(model: nn.Module) -> None:
             "model.to(memory_format=torch.contiguous_format) and inputs alike, or keep "
             f"min_channels={LANES}",
             PsapWarning,
-            stacklevel=3,
+            stacklevel=4,  # apply() is checked by `called`
         )

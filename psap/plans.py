@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from psap import choices, schedule, scores
+from psap.calling import called
 from psap.config import Target
 from psap.cost import KINDS, Budget, Cost, CostModel, LayerCost
 from psap.errors import ArgumentError, ArgumentTypeError, TargetError
@@ -223,6 +224,7 @@ def from_masks(graph: Graph, kept: Sequence[Sequence[int]], cost: CostModel | No
 Score = Literal["l1", "l2", "random"]
 
 
+@called("psap.plan(graph, ratio=0.5) or psap.plan(graph, target=psap.Target(macs=0.3))")
 def plan(
     graph: Graph,
     *,
@@ -359,8 +361,9 @@ def require(cost: CostModel, widths: schedule.Ints, target: Target) -> None:
         for at, (name, share) in enumerate(zip(names, shares.tolist(), strict=True))
         if at < 2 or wanted[at]
     ]
+    bounds = ", ".join(f"{kind}={x}" for kind, x in vars(target).items() if x is not None)
     raise TargetError(
-        f"{target} cannot be met: the smallest network that these limits allow keeps "
+        f"Target({bounds}) cannot be met: the smallest network that these limits allow keeps "
         f"{', '.join(kept[:-1])} and {kept[-1]}; raise the target, or lower min_channels, or raise "
         "max_ratio"
     )

@@ -113,7 +113,12 @@ def load(path: Path_, factory: Callable[[], nn.Module]) -> nn.Module:
         raise ArgumentTypeError(
             f"factory returned a {type(dense).__name__}; return the dense nn.Module"
         )
-    check_plan(dense, plan)
+    try:
+        check_plan(dense, plan)
+    except ArgumentError as error:
+        raise ArgumentError(
+            f"factory() does not build the network that {path} was cut from: {error}"
+        ) from error
     small = small_copy(dense, plan) if mode == "module" else _program(dense, plan)
     _fill(small, tensors, aliases, path)
     return small

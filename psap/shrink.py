@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 import psap_kernels
 from psap import friends as friends_
 from psap import hazards, optim
+from psap.calling import called
 from psap.commit import commit
 from psap.errors import ArgumentError, ArgumentTypeError, VerificationError
 from psap.graph.groups import no_collection
@@ -248,6 +249,7 @@ def _refit_conv(module: nn.modules.conv._ConvNd, weight: Tensor) -> None:
         module.out_channels, module.in_channels = weight.shape[0], weight.shape[1] * module.groups
 
 
+@called("psap.apply(model, plan, optimizer=optimizer)")
 def apply(
     model: nn.Module,
     plan: Plan,

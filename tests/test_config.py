@@ -61,6 +61,10 @@ def test_configurations_are_values() -> None:
         psap.Config().window = 3
 
 
+def graph() -> psap.Graph:
+    return psap.trace(nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 2)), torch.zeros(1, 2))
+
+
 CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     "a share": (lambda: psap.Config(0.3), r"Config: too many positional arguments; call "
                 r"psap\.Config\(target=psap\.Target\(macs=0\.3\)\)"),
@@ -72,6 +76,10 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
                      r"required.* argument: 'optimizer'; call psap\.Pruner\(model, example_inputs, "
                      r"optimizer=optimizer, config=config\)"),
     "no name": (lambda: psap.Pruner(nn.Linear(2, 2), torch.zeros(1, 2), 3), r"Pruner: too many p"),
+    "a ratio": (lambda: psap.plan(graph(), 0.5), r"plan: too many .*; call psap\.plan\(graph, ra"),
+    "a word": (lambda: psap.plan(graph(), ratios=0.5), r"'ratios' \(is 'ratio' meant\?\); call"),
+    "an optimizer": (lambda: psap.apply(graph().model, psap.plan(graph(), ratio=0.5), 3),
+                     r"apply: too many positional arguments; call psap\.apply\(model, plan, optim"),
     "nothing": (psap.Pruner, r"Pruner: missing a required argument: 'model'; call psap\.Pruner"),
 }  # fmt: skip
 

@@ -53,6 +53,19 @@ def test_as_json() -> None:
     }
 
 
+def test_saved_networks_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    graph = _graph(8, 4)
+    plan = psap.plan(graph, ratio=0.5)
+    psap.save(psap.apply(graph.model, plan), tmp_path / "small.safetensors")
+    (tmp_path / "plan.json").write_text(psap.plan(graph, ratio=0.25).to_json())
+    files = [str(tmp_path / "small.safetensors"), str(tmp_path)]
+    assert cli.main(["diff", *files]) == 0
+    assert "only the first removes" in capsys.readouterr().out
+    (tmp_path / "other").write_bytes(b"\xe8\x00")
+    assert cli.main(["diff", files[0], str(tmp_path / "other")]) == 2
+    assert "other cannot be read (it is no text); pass the folder" in capsys.readouterr().err
+
+
 def test_equal_plans_do_not_differ() -> None:
     plan = psap.plan(_graph(8, 4), ratio=0.5)
     found = plan.diff(psap.Plan.from_json(plan.to_json()))
