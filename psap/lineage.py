@@ -160,8 +160,13 @@ class Lineage:
         if result.mode == "graph":
             self.mode = "graph"
         if (proof := result.report["verification"]) is not None:
-            errors = [found["max_relative_error"] for found in (proof, self._proof) if found]
-            self._proof = {**proof, "max_relative_error": max(errors), "mode": self.mode}
+            proofs = [found for found in (self._proof, proof) if found]
+            self._proof = {
+                **proof,
+                "max_relative_error": max(found["max_relative_error"] for found in proofs),
+                "mode": self.mode,
+                "silent": tuple(dict.fromkeys(n for found in proofs for n in found["silent"])),
+            }
             result.report["verification"] = self._proof
         return self.mode
 

@@ -292,7 +292,8 @@ def apply(
             unknown.
         ArgumentTypeError: an argument has the wrong type.
         PsapError: state of an optimizer cannot be cut by channel, or a friend cannot be copied.
-        VerificationError: the small network differs; names the first layer that does.
+        VerificationError: the small network differs; names the first layer that does. Or the dense
+            network gives the same for all inputs, so that nothing can be proved.
 
     Warns:
         PsapWarning: PyTorch may crash when it trains the small network further on this CPU.

@@ -2,16 +2,18 @@
 
 Both are made from one float64 copy of the user's model whose norm statistics and affine pairs are
 random, so that nothing passes by accident (fresh batch norms are the identity; many nets start a
-residual branch with gamma = 0). They are compared in evaluation and in train mode.
+residual branch with gamma = 0). They are compared in evaluation mode as they are, then in both
+modes with activation functions that are nowhere flat, so that no closed ReLU hides a difference;
+and not only their outputs, but those of every layer, so that no later layer levels it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +24,20 @@ from psap.decisions import Decisions
 from psap.errors import PsapError, VerificationError
 from psap.graph.groups import no_collection
 from psap.graph.outputs import NoDropout, output_tensors
+from psap.layerwise import Glimpse, first_difference, glimpses, stopped_at
 from psap.plans import Plan
+from psap.settling import settle, settling
+from psap.sloping import Sloping
 from psap.untouched import untouched
 
 TOLERANCE = 1e-9
 """Largest relative error in float64."""
+
+LOCAL = 1e-6
+"""Largest relative error of the outputs of a single layer, which may be small differences."""
+
+DRAWS = 3
+"""Random networks that are tried if the outputs of one do not depend on its inputs."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +49,15 @@ class Verification:
         dtype: dtype of the comparison.
         modes: which modes of the model were compared.
         mode: "module" or "graph", how the small network was made.
+        silent: layers that gave the same for all inputs: of what these alone read, the proof says
+            little.
     """
 
     max_relative_error: float
     dtype: str
     modes: tuple[str, ...]
     mode: str
+    silent: tuple[str, ...] = ()
 
 
 def verify(
@@ -65,35 +79,157 @@ def verify(
         mode: how ``make`` works, for the record.
 
     Raises:
-        VerificationError: the outputs differ, or the small network fails; names the first layer.
+        VerificationError: the outputs differ, or the small network fails; names the first layer. Or
+            there is nothing to compare: the dense network fails, or gives the same for all inputs.
     """
     with untouched(model):
-        generator = torch.Generator().manual_seed(0)
-        masked = randomised(model, generator)
-        small = _made(make, masked)
-        zero_(masked, plan)
-        batch = _random_inputs(inputs, generator)
-        worst, modes, failure = 0.0, [], ""
-        for training in (False, True):
-            name = "train" if training else "eval"
-            decided = Decisions(None, TOLERANCE)
+        for draw in range(DRAWS):
+            generator = torch.Generator().manual_seed(draw)
+            masked = randomised(model, generator)
+            small = _made(make, masked)
+            zero_(masked, plan)
+            proof = _Proof(masked, small, plan, _random_inputs(inputs, generator))
+            proof.run()
+            if proof.alive:
+                return Verification(proof.worst, "float64", proof.modes, mode, proof.silent())
+    raise VerificationError(
+        "the dense network gives the same for all random inputs, so that comparing outputs proves "
+        "nothing; pass check=False to go without the proof"
+    )
+
+
+class _Way(NamedTuple):
+    """How both networks are run."""
+
+    training: bool
+    sloping: bool
+
+    @property
+    def mode(self) -> str:
+        """The mode of the model."""
+        return "train" if self.training else "eval"
+
+    def __str__(self) -> str:
+        slope = ", activation functions with a slope" if self.sloping else ""
+        return f"{self.mode} mode{slope}"
+
+
+class _Proof:
+    """The comparison of two networks.
+
+    Attributes:
+        worst: the largest relative error.
+        modes: the modes in which they were compared.
+        alive: whether the outputs depend on the inputs, as far as that can be seen.
+    """
+
+    def __init__(
+        self, masked: nn.Module, small: nn.Module, plan: Plan, inputs: tuple[Any, ...]
+    ) -> None:
+        self.worst = 0.0
+        self.modes: tuple[str, ...] = ()
+        tensors = [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.dim()]
+        self._telling = any(x.is_floating_point() and x.shape[0] > 1 for x in tensors)
+        self.alive = not self._telling
+        self._masked, self._small, self._plan, self._inputs = masked, small, plan, inputs
+        self._failure = ""
+        self._settled = False
+        self._silent: dict[str, bool] = {}
+
+    def run(self) -> None:
+        """Compare in evaluation mode, and in both with activation functions that are not flat.
+
+        Raises:
+            VerificationError: the networks differ, or the dense one fails in both modes.
+        """
+        self._compare(_Way(training=False, sloping=True))
+        self._compare(_Way(training=False, sloping=False))
+        if not self._compare(_Way(training=True, sloping=True)):
+            self._compare(_Way(training=True, sloping=False))
+        if not self.modes:
+            raise VerificationError(
+                "the dense network itself failed on random float64 inputs: "
+                f"{self._failure}; pass check=False to go without the proof"
+            )
+
+    def silent(self) -> tuple[str, ...]:
+        """Layers that gave the same for all inputs whenever they were looked at."""
+        return tuple(name for name, silent in self._silent.items() if silent)
+
+    def _compare(self, way: _Way) -> bool:
+        """Compare in one way; returns whether there was something to compare."""
+        decided = Decisions(None, TOLERANCE)
+        settles = not (way.training or self._settled)
+        try:
+            with (
+                self._watched(self._masked, way) as seen,
+                settling(self._masked, settles) as stats,
+                decided,
+            ):
+                wanted = _run(self._masked, self._inputs, way)
+        except Exception as error:  # the dense network itself cannot run in this mode
+            self._failure = f"{type(error).__name__}: {error}"
+            return False
+        if way.sloping and not all(bool(torch.isfinite(x).all()) for x in wanted):
+            return False  # such as the square root of what a ReLU keeps positive
+        if not any(x.numel() for x in wanted):
+            nothing = "it returns no number, so that there is nothing to compare"
+            self._failure = self._failure or nothing
+            return False
+        if stats:
+            settle(self._masked, stats, {})
+            settle(self._small, stats, self._plan.kept())
+            self._settled = True
+        self._against(wanted, seen, decided, way)
+        self.modes += () if way.mode in self.modes else (way.mode,)
+        if self._telling:
+            self.alive = self.alive or _varies(wanted)
+            for glimpse in seen:
+                self._silent[glimpse.name] = glimpse.silent and self._silent.get(glimpse.name, True)
+        return True
+
+    def _watched(self, model: nn.Module, way: _Way) -> AbstractContextManager[list[Glimpse]]:
+        """What the layers give, if they have not been compared in this mode yet."""
+        if way.mode in self.modes:
+            return nullcontext([])
+        return glimpses(model, self._masked)
+
+    def _against(
+        self, wanted: list[Tensor], seen: list[Glimpse], decided: Decisions, way: _Way
+    ) -> None:
+        """Run the small network, and compare what it gives."""
+        with self._watched(self._small, way) as found:
             try:
-                with decided:
-                    wanted = _run(masked, batch, training)
-            except Exception as error:  # the dense network itself cannot run in this mode
-                failure = f"{type(error).__name__}: {error}"
-                continue
-            if not any(x.numel() for x in wanted):
-                failure = failure or "it returns no number, so that there is nothing to compare"
-                continue
-            worst = max(worst, _compare(masked, small, plan, batch, training, wanted, decided))
-            modes.append(name)
-    if not modes:
-        raise VerificationError(
-            f"the dense network itself failed on random float64 inputs: {failure}; pass "
-            "check=False to go without the proof"
-        )
-    return Verification(worst, "float64", tuple(modes), mode)
+                with Decisions(decided.made, TOLERANCE):
+                    got = _run(self._small, self._inputs, way)
+            except Exception as error:
+                raise VerificationError(
+                    f"the small network fails in {way.mode} mode with {type(error).__name__}: "
+                    f"{str(error).splitlines()[0]}{self._place(seen, found)}"
+                ) from error
+        off = _relative_error(wanted, got)
+        if not off <= TOLERANCE:
+            raise VerificationError(
+                f"the small network differs from the masked one by {off:.2e} (relative, {way}, "
+                f"float64; at most {TOLERANCE:.0e} is allowed){self._place(seen, found)}"
+            )
+        layer = first_difference(seen, found, self._plan, LOCAL)
+        if layer:
+            raise VerificationError(
+                f"the small network gives the same as the masked one, but by chance ({way}): the "
+                f"first layer that differs is {layer}"
+            )
+        self.worst = max(self.worst, off)
+
+    def _place(self, wanted: list[Glimpse], got: list[Glimpse]) -> str:
+        """Where the networks part, as the end of a sentence."""
+        layer = first_difference(wanted, got, self._plan, TOLERANCE)
+        if layer:
+            return f"; the first layer that differs is {layer}"
+        layer = stopped_at(wanted, got)
+        if layer:
+            return f"; it stops at {layer}"
+        return "; the difference comes after the last layer" if wanted else ""
 
 
 def require_finite(model: nn.Module) -> None:
@@ -137,8 +273,8 @@ def randomised(model: nn.Module, generator: torch.Generator) -> nn.Module:
                     _randomise(tensor, name in ("weight", "running_var"), generator)
     for parameter in dense.parameters():
         if parameter.is_floating_point() and parameter.numel():
-            first = parameter.reshape(-1)[0]
-            if bool((parameter == first).all()):
+            first, last = parameter.reshape(-1)[[0, -1]]
+            if bool(first == last) and bool((parameter == first).all()):
                 _randomise(parameter, bool(first != 0), generator)
     return dense
 
@@ -196,7 +332,7 @@ def _random_inputs(inputs: tuple[Any, ...], generator: torch.Generator) -> tuple
     return result
 
 
-def _run(model: nn.Module, inputs: tuple[Any, ...], training: bool) -> list[Tensor]:
+def _run(model: nn.Module, inputs: tuple[Any, ...], way: _Way) -> list[Tensor]:
     """All outputs; of a second pass too, and its counters, where a pass changes buffers."""
     norms = {
         f"{name}.{key}"
@@ -204,8 +340,8 @@ def _run(model: nn.Module, inputs: tuple[Any, ...], training: bool) -> list[Tens
         if isinstance(module, nn.modules.batchnorm._NormBase)
         for key in module._buffers
     }
-    with untouched(model), NoDropout():
-        model.train(training)
+    with untouched(model), NoDropout(), Sloping() if way.sloping else nullcontext():
+        model.train(way.training)
         torch.manual_seed(0)
         own = {n: b.clone() for n, b in model.named_buffers() if n not in norms}
         outputs = output_tensors(model(*inputs))
@@ -215,42 +351,6 @@ def _run(model: nn.Module, inputs: tuple[Any, ...], training: bool) -> list[Tens
             outputs += output_tensors(model(*inputs))
             outputs += [now[n].clone() for n in moved if not now[n].dim()]
         return outputs
-
-
-def _forward(model: nn.Module, inputs: tuple[Any, ...], training: bool) -> list[Tensor] | None:
-    try:
-        return _run(model, inputs, training)
-    except Exception:
-        return None
-
-
-def _compare(
-    masked: nn.Module,
-    small: nn.Module,
-    plan: Plan,
-    inputs: tuple[Any, ...],
-    training: bool,
-    wanted: list[Tensor],
-    decided: Decisions,
-) -> float:
-    mode = "train" if training else "eval"
-    try:
-        with Decisions(decided.made, TOLERANCE):
-            got = _run(small, inputs, training)
-    except Exception as error:
-        where = _first_difference(masked, small, plan, inputs, training)
-        raise VerificationError(
-            f"the small network fails in {mode} mode with {type(error).__name__}: "
-            f"{str(error).splitlines()[0]}{where}"
-        ) from error
-    off = _relative_error(wanted, got)
-    if not off <= TOLERANCE:
-        where = _first_difference(masked, small, plan, inputs, training)
-        raise VerificationError(
-            f"the small network differs from the masked one by {off:.2e} (relative, {mode} mode, "
-            f"float64; at most {TOLERANCE:.0e} is allowed){where}"
-        )
-    return off
 
 
 def _relative_error(wanted: list[Tensor], got: list[Tensor]) -> float:
@@ -272,55 +372,7 @@ def _nan_last(value: float) -> float:
     return float("inf") if value != value else value
 
 
-@contextmanager
-def _recorded(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Outputs of all leaf modules while the block runs, in order of execution."""
-    outputs: dict[str, Tensor] = {}
-    handles = []
-    for name, module in model.named_modules():
-        if not list(module.children()):
-
-            def record(_: nn.Module, __: Any, out: Any, name: str = name) -> None:
-                if isinstance(out, Tensor):
-                    outputs[name] = out
-
-            handles.append(module.register_forward_hook(record))
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _first_difference(
-    masked: nn.Module, small: nn.Module, plan: Plan, inputs: tuple[Any, ...], training: bool
-) -> str:
-    """Name the first layer whose kept outputs differ, or at which the small network stops."""
-    kept = {s.name.rpartition(".")[0]: s.kept for s in plan.sides if s.role == "out"}
-    with _recorded(masked) as wanted:
-        _forward(masked, inputs, training)
-    with _recorded(small) as got:
-        _forward(small, inputs, training)
-    for name, output in wanted.items():
-        other = got.get(name)
-        if other is None:
-            return f"; it stops at {name}"
-        output = _kept_part(output, other, kept.get(name, ()))
-        own = next(masked.get_submodule(name).parameters(recurse=False), None)
-        if output.shape != other.shape and own is None:
-            continue  # nobody knows which of its channels stay
-        if output.shape != other.shape or not _relative_error([output], [other]) <= TOLERANCE:
-            return f"; the first layer that differs is {name}"
-    return "; the difference comes after the last layer"
-
-
-def _kept_part(output: Tensor, other: Tensor, kept: tuple[int, ...]) -> Tensor:
-    """The kept channels of a layer's output, in the one dimension that became smaller."""
-    sizes = list(zip(output.shape, other.shape, strict=False))
-    smaller = [dim for dim, (a, b) in enumerate(sizes) if a != b]
-    if not kept or len(smaller) != 1 or output.dim() != other.dim():
-        return output
-    dim = smaller[0]
-    if other.shape[dim] != len(kept) or output.shape[dim] <= kept[-1]:
-        return output
-    return output.index_select(dim, torch.tensor(kept, device=output.device))
+def _varies(outputs: list[Tensor]) -> bool:
+    """Whether outputs depend on the inputs: False if each is the same for all of them."""
+    told = [x for x in outputs if x.is_floating_point() and x.dim() and x.shape[0] > 1]
+    return not told or any(bool((x != x[:1]).any()) for x in told)

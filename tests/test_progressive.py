@@ -270,6 +270,7 @@ def test_modules_that_fix_widths_become_programs(root: bool, protect: str, tmp_p
     result = pruner.finish()
     assert result.mode == "graph" and result.report["verification"]["mode"] == "graph"
     assert 0 < result.report["verification"]["max_relative_error"] < 1e-9  # the worst of all cuts
+    assert result.report["verification"]["silent"] == ()
     psap.save(result, tmp_path / "small.psap")
     loaded = psap.load(tmp_path / "small.psap", lambda: Padded(root=root))
     wanted = model.eval()(inputs())

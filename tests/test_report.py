@@ -153,6 +153,12 @@ def test_the_head_says_what_was_measured(small: dict[str, Any]) -> None:
     assert "MACs kept</dt>" in again and "Latency</dt>" not in again
 
 
+def test_layers_that_a_proof_says_little_of_are_named(small: dict[str, Any]) -> None:
+    assert "the same for all inputs" not in report.render(small)
+    small["verification"]["silent"] = ["head.<1>"]
+    assert "the same for all inputs</dt><dd><code>head.&lt;1&gt;</code>" in report.render(small)
+
+
 def test_events_of_psap_are_understood(small: dict[str, Any]) -> None:
     group = {"name": "g", "size": 4, "kept": [0, 3], "reason": None, "layers": ["g"]}
     event = PruneEvent(

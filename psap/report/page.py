@@ -119,6 +119,10 @@ def _verification(record: Record) -> str:
             )
         ),
     }
+    if silent := found.get("silent"):
+        pairs["the same for all inputs"] = ", ".join(
+            f"<code>{escape(name)}</code>" for name in silent
+        )
     return _facts(pairs)
 
 

@@ -98,7 +98,7 @@ def _body_case(body, gated: bool = False, **parts) -> psap.Graph:  # type: ignor
         (lambda m, x: F.softplus(m.one(x)), "after softplus"),
         (lambda m, x: F.pad(m.one(x), (1, 1, 1, 1), value=1.0), "after padding with a constant"),
         (lambda m, x: m.one(x) / m.one(x).square(), "a channel is divided by"),
-        (lambda m, x: m.one(x).pow(0), "after pow"),
+        (lambda m, x: m.one(x).pow(-2), "after pow"),
         (lambda m, x: m.one(x).cos(), "after cos"),
         (lambda m, x: m.one(x).mean(1, keepdim=True).expand(-1, 8, -1, -1), "reduced over"),
         (lambda m, x: m.one(x).softmax(1), "softmax over the channels"),
