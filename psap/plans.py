@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from psap import choices, schedule, scores
 from psap.calling import called
-from psap.config import Target
+from psap.config import Config, Target
 from psap.cost import KINDS, Budget, Cost, CostModel, LayerCost
 from psap.errors import ArgumentError, ArgumentTypeError, TargetError
 from psap.graph import Graph
@@ -240,7 +240,7 @@ def plan(
 
     Give either ``ratio`` or ``target``. A group loses ``floor(ratio * size)`` channels, so 0.5
     removes half of the channels of every layer that can be pruned. With a target, ratios follow
-    the weight sparsity ratio of each group (docs/method.md, equations 1 to 3).
+    the weight sparsity ratio of each group, as in a `Pruner` (docs/method.md, equations 1 to 3).
 
     Args:
         graph: what `psap.trace` returned.
@@ -338,9 +338,9 @@ def solve_target(
         TargetError: even the smallest widths cost more.
     """
     sparsity = np.array([s.sparsity for s in stats])
-    ones = np.ones(len(sparsity))
-    budget = Budget(cost, target)
-    widths = schedule.solve(sparsity, ones, 2.0, bounds, budget.fits, budget.room)
+    spared = scores.summands(graph) ** -Config.stream_power
+    budget, power = Budget(cost, target), Config.sparsity_power
+    widths = schedule.solve(sparsity, spared, power, bounds, budget.fits, budget.room)
     require(cost, widths, target)
     return widths
 

@@ -150,3 +150,14 @@ def strongest(scores: Floats, count: int) -> tuple[int, ...]:
     """Indices of the ``count`` largest scores, ascending; ties keep the lower index."""
     order = np.argsort(-np.nan_to_num(scores, nan=-1e9), kind="stable")
     return tuple(sorted(order[:count].tolist()))
+
+
+def summands(graph: Graph) -> Floats:
+    """M_g of equation 3: how many layers make the channels of each group together, [groups].
+
+    A depthwise convolution does not count: it has one input per filter, and works on channels that
+    other layers made.
+    """
+    makers = [[graph.shapes[p] for p in group.producers] for group in graph.groups]
+    mixing = [sum(len(shape) < 2 or shape[1] > 1 for shape in shapes) for shapes in makers]
+    return np.maximum(1.0, np.array(mixing, dtype=np.float64))

@@ -55,22 +55,11 @@ def widths(
         target: the budget.
         config: how sparsity becomes a ratio.
     """
-    on_ratio = summands(graph) ** -config.stream_power
+    on_ratio = scores.summands(graph) ** -config.stream_power
     ratios = sparsity if config.adapt == "sparsity" else np.ones_like(sparsity)
     budget = Budget(cost, target)
     power = config.sparsity_power
     return schedule.solve(ratios, on_ratio, power, limits, budget.fits, budget.room, factors)
-
-
-def summands(graph: Graph) -> Floats:
-    """M_g of equation 3: how many layers make the channels of each group together, [groups].
-
-    A depthwise convolution does not count: it has one input per filter, and works on channels that
-    other layers made.
-    """
-    makers = [[graph.shapes[p] for p in group.producers] for group in graph.groups]
-    mixing = [sum(len(shape) < 2 or shape[1] > 1 for shape in shapes) for shapes in makers]
-    return np.maximum(1.0, np.array(mixing, dtype=np.float64))
 
 
 def strongest(

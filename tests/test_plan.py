@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from nets import chain, image, randomise
+from pruner_nets import NETS
 from torch import nn
 from zoo import CASES
 
@@ -242,3 +243,14 @@ def test_a_plan_prints_as_one_line() -> None:
     assert repr(found).startswith(f"Plan(Sequential: 2 groups, MACs {share:.1f} % kept, parameters")
     assert len(repr(found)) < 100
     assert repr(psap.Plan.from_json(found.to_json())).startswith("Plan(2 groups, MACs ")
+
+
+def test_a_plan_spares_streams_as_a_pruner_does() -> None:
+    net = NETS["residual"]()
+    graph = psap.trace(net, torch.randn(2, 3, 8, 8))
+    kept = {g.name: len(g.kept) for g in psap.plan(graph, target=psap.Target(macs=0.4)).groups}
+    config = psap.Config(target=psap.Target(macs=0.4), prune_steps=1)
+    opt = torch.optim.SGD(net.parameters(), lr=0.1)
+    pruner = psap.Pruner(net, torch.randn(2, 3, 8, 8), optimizer=opt, config=config)
+    pruner.step()
+    assert kept == {name: int(mask.sum()) for name, mask in pruner.masks().items()}

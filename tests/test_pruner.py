@@ -14,7 +14,7 @@ from pruner_nets import NETS, OPTIMIZERS, Chain, Plain, backward, inputs, make, 
 from torch import Tensor, nn
 
 import psap
-from psap import selection
+from psap import scores, selection
 from psap.events import PruneEvent
 from psap.protect import Window
 
@@ -337,9 +337,9 @@ def test_a_depthwise_convolution_makes_no_stream() -> None:
     )
     graph = psap.trace(net, torch.randn(1, 3, 8, 8))
     assert graph.groups[0].producers == ("0.weight", "1.weight")
-    assert selection.summands(graph).tolist() == [1, 1]
+    assert scores.summands(graph).tolist() == [1, 1]
     graph = psap.trace(NETS["residual"](), inputs())
-    found = {g.name: int(m) for g, m in zip(graph.groups, selection.summands(graph), strict=True)}
+    found = {g.name: int(m) for g, m in zip(graph.groups, scores.summands(graph), strict=True)}
     assert found == {"stem": 2, "conv1": 1, "conv3": 2}
 
 
