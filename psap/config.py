@@ -118,7 +118,7 @@ class Config:
     sparsity_alpha: float = 0.5
     sparsity_power: float = 2.0
     sparsity_ema: float = 0.5
-    stream_power: float = 1.0
+    stream_power: float = 0.5
     max_ratio: float = 0.9
     min_channels: int = 2
     round_to: int = 1

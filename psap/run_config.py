@@ -83,7 +83,7 @@ class RunConfig:
     prune_steps: int | None = None
     protect: Literal["gate", "price", "pulse", "none"] = "gate"
     progressive: bool = False
-    stream_power: float = 1.0
+    stream_power: float = 0.5
     min_channels: int = 2
     round_to: int = 1
     lr: float = 0.05

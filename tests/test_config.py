@@ -30,7 +30,7 @@ def test_defaults_are_those_of_the_method() -> None:
         "sparsity_alpha": 0.5,
         "sparsity_power": 2.0,
         "sparsity_ema": 0.5,
-        "stream_power": 1.0,
+        "stream_power": 0.5,
         "max_ratio": 0.9,
         "min_channels": 2,
         "round_to": 1,

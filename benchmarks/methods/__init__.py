@@ -26,6 +26,7 @@ METHODS: dict[str, Callable[[], Method]] = {
     "tp-group-norm": partial(peers.TorchPruning, "group-norm"),
     "psap": Psap,
     "psap-streams": partial(Psap, stream_power=0.0),
+    "psap-spared": partial(Psap, stream_power=1.0),
     "psap-uniform": partial(Psap, adapt="uniform"),
     "psap-prices": partial(Psap, protect="price"),
     "psap-prices-uniform": partial(Psap, adapt="uniform", protect="price"),
