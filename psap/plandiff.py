@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from psap.cost import Cost
 from psap.errors import ArgumentError, ArgumentTypeError
-from psap.graph.parts import packed
+from psap.graph.alike import packed
 
 if TYPE_CHECKING:
     from psap.plans import Plan

@@ -11,7 +11,7 @@ import torch
 
 from psap.cost import Cost, LayerCost
 from psap.errors import ArgumentTypeError, FileError
-from psap.graph.parts import packed
+from psap.graph.alike import packed
 from psap.plans import GroupPlan, InputSpec, Plan, SidePlan
 
 FORMAT = "psap-plan"

@@ -83,7 +83,7 @@ class Plan:
         before: cost of the dense network.
         after: cost of the small one.
         layers: cost of every weight, before and after.
-        left_alone: why a layer keeps all of its channels.
+        left_alone: why a layer keeps all of its channels, or "layer (channels 0-3 of 8)" those.
         inputs: what the model was traced with.
         graph: the graph it was made from; absent after `from_json`.
         counted: whether a norm counts channels that go, so that only graph mode is exact.
@@ -141,6 +141,7 @@ class Plan:
             )
         if self.left_alone:
             lines.append("left alone:")
+            width = max([len(name) for name in self.left_alone] + [8])
             lines += [f"  {name:<{width}}  {why}" for name, why in self.left_alone.items()]
         return "\n".join(lines)
 

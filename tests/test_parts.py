@@ -49,6 +49,23 @@ def test_a_channel_may_stand_for_several_of_its_layer() -> None:
     assert _parts(randomise(grouped))["1"] == "channels 0-11 of 12, each 4 of them"
 
 
+def test_a_part_that_stays_has_its_reason() -> None:
+    def body(m: Any, x: Tensor) -> Tensor:
+        left, right = m.stem(x).chunk(2, 1)
+        left = left + torch.ones(4, 1, 1, dtype=x.dtype)
+        joined: Tensor = m.head(torch.cat([left, right], 1))
+        return joined
+
+    model = randomise(Net(body, stem=conv(3, 8), head=head(8)))
+    graph = psap.trace(model, image())
+    assert _parts(model) == {"stem": "channels 4-7 of 8"}
+    why = "add with data that has a fixed number of channels"
+    assert graph.left_alone["stem (channels 0-3 of 8)"] == why
+    text = psap.plan(graph, ratio=0.5).explain()
+    assert f"left alone:\n  stem (channels 0-3 of 8)  {why}\n" in text
+    assert text.endswith("\n  head.2                    output of the model")
+
+
 def test_many_ranges_are_cut_short() -> None:
     def body(m: Any, x: Tensor) -> Tensor:
         x = m.a(x)

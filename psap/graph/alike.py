@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,3 +94,21 @@ def _shared(places: _Places, in_group: Ints, sizes: list[int]) -> list[dict[int,
         vector, group = divmod(pair, len(sizes))
         shared[group][vector] = total // sizes[group]
     return shared
+
+
+SHOWN = 3
+"""Ranges of channels that the name of a part of a layer spells out."""
+
+
+def packed(indices: Sequence[int], most: int | None = None) -> str:
+    """Ascending indices as ranges, such as "0-3,7"; behind ``most`` of them stand dots."""
+    found: list[list[int]] = []
+    for i in indices:
+        if found and i == found[-1][1] + 1:
+            found[-1][1] = i
+        else:
+            found.append([i, i])
+    ranges = [f"{a}-{b}" if b > a else f"{a}" for a, b in found]
+    if most is not None and len(ranges) > most:
+        ranges[most:] = ["..."]
+    return ",".join(ranges)

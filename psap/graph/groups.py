@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from psap.errors import TraceError
-from psap.graph.alike import NDArrayBool, gather, runs
+from psap.graph.alike import SHOWN, NDArrayBool, gather, packed, runs
 from psap.graph.attending import moving_macs
 from psap.graph.inputs import as_inputs, check_model
 from psap.graph.labels import Ints, plain
@@ -68,7 +68,8 @@ class Graph:
         batch: size of the first dimension of the first input.
         normalised: batch norm weights that follow a convolution directly, by its weight.
         affine: names of all affine parameters of batch norms.
-        left_alone: the reason for every layer whose outputs cannot be pruned.
+        left_alone: the reason for every layer, or "layer (channels 0-3 of 8)", whose outputs cannot
+            be pruned.
         counted: groups whose channels a norm or a mean counts: only graph mode can prune them.
         sizes: channels that calls with sizes touch, by the module in whose forward() they are; -1
             for those that are fixed.
@@ -202,7 +203,7 @@ def build(model: nn.Module, inputs: tuple[Any, ...], tracer: Tracer) -> Graph:
         batch=max(1, _batch(inputs)),
         normalised={k: tuple(sorted(v)) for k, v in tracer.normalised.items()},
         affine=frozenset(tracer.affine),
-        left_alone=_reasons(pruned, roots, frozen, weights, owners, tracer),
+        left_alone=_reasons(pruned, channels, roots, frozen, weights, owners, tracer),
         counted=_counted(channel_of, group_of, tracer),
         sizes={n: runs(channel_of[labels])[0] for n, labels in met(tracer).items()},
         given=dict(tracer.sizes.given),
@@ -310,27 +311,37 @@ def _named(
 
 def _reasons(
     pruned: set[Side],
+    channels: Mapping[Side, Ints],
     roots: Mapping[Side, Ints],
     frozen: Mapping[int, str],
     weights: set[str],
     owners: Mapping[str, str],
     tracer: Tracer,
 ) -> dict[str, str]:
-    """Why the outputs of a layer are left alone, for every layer that makes channels."""
+    """Why channels of a layer are left alone, for every layer that makes some."""
     reasons: dict[str, str] = {}
     for name, shape in tracer.shapes.items():
         sides = [(name, d) for d in range(len(shape)) if tracer.roles.get((name, d)) in MAKES]
-        if name not in weights or not pruned.isdisjoint(sides):
+        if name not in weights:
             continue
-        found = [frozen[c] for side in sides for c in roots[side].tolist() if c in frozen]
-        reasons[owners[name] or name] = found[0] if found else "its channels lead nowhere"
+        layer = owners[name] or name
+        if pruned.isdisjoint(sides):
+            found = [frozen[c] for side in sides for c in roots[side].tolist() if c in frozen]
+            reasons[layer] = found[0] if found else "its channels lead nowhere"
+        for side in (side for side in sides if side in pruned):
+            stays = np.flatnonzero(channels[side] < 0)
+            if stays.size:
+                which = f"channels {packed(stays.tolist(), SHOWN)} of {shape[side[1]]}"
+                why = frozen.get(int(roots[side][stays[0]]), "they lead nowhere")
+                reasons[f"{layer} ({which})"] = why
     smaller = {name for name, _ in pruned}
-    for name, shape in tracer.shapes.items():
+    for name, parameter in tracer.parameters.items():
+        shape = parameter.shape
         if len(shape) < 2 or name in weights or name in smaller:
             continue
-        why = [frozen[c] for d in range(len(shape)) for c in roots.get((name, d), ())
-               if c in frozen]  # fmt: skip
+        found = [frozen[c] for d in range(len(shape)) for c in roots.get((name, d), ())
+                 if c in frozen]  # fmt: skip
         layer = owners[name] or name
         at = layer if layer in reasons or name.endswith(".weight") else name  # a table is no layer
-        reasons.setdefault(at, why[0] if why else "not used in forward")
+        reasons.setdefault(at, found[0] if found else "not used in forward")
     return reasons

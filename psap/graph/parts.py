@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
+from psap.graph.alike import SHOWN, packed
 from psap.graph.groups import MAKES, Graph, Group
-
-SHOWN = 3
-"""Ranges of channels that the name of a part spells out."""
 
 
 def part(graph: Graph, group: Group) -> str:
@@ -24,18 +20,5 @@ def part(graph: Graph, group: Group) -> str:
     if each == 1 and channels.size == group.size:
         return ""
     inside = (channels >= group.start) & (channels < group.start + group.size)
-    runs = packed(np.flatnonzero(inside).tolist()).split(",")
-    shown = ",".join(runs[:SHOWN]) + (",..." if len(runs) > SHOWN else "")
     several = f", each {each} of them" if each > 1 else ""
-    return f"channels {shown} of {channels.size}{several}"
-
-
-def packed(indices: Sequence[int]) -> str:
-    """Ascending indices as ranges, such as "0-3,7"."""
-    runs: list[list[int]] = []
-    for i in indices:
-        if runs and i == runs[-1][1] + 1:
-            runs[-1][1] = i
-        else:
-            runs.append([i, i])
-    return ",".join(f"{a}-{b}" if b > a else f"{a}" for a, b in runs)
+    return f"channels {packed(np.flatnonzero(inside).tolist(), SHOWN)} of {channels.size}{several}"

@@ -259,12 +259,12 @@ def test_a_table_is_named_and_not_its_module() -> None:
     """As relative position biases of attention: the layers beside the table are not left alone."""
 
     def body(m: Any, x: Tensor) -> Tensor:
-        x = m.attn.out(m.attn.one(x)) + m.attn.table[m.index].view(1, 5, 8, 8)
+        x = m.attn.out(m.attn.one(x)) + m.attn.table[m.index[:, 0]].view(1, 5, 8, 8)
         return x.mean((2, 3))
 
     attn = nn.Module()
     attn.one, attn.out, attn.table = conv(3, 6), conv(6, 5), nn.Parameter(torch.zeros(9, 5))
-    model = randomise(Net(body, attn=attn, index=torch.arange(64) % 9))
+    model = randomise(Net(body, attn=attn, index=torch.arange(64)[:, None] % 9))
     model.attn.spare = nn.Parameter(torch.zeros(2, 2))
     graph = psap.trace(model, image())
     why = "keeps its shape: forward() looks entries up in it by number (aten.index), so all stay"
@@ -272,6 +272,7 @@ def test_a_table_is_named_and_not_its_module() -> None:
     assert graph.left_alone["attn.table"] == f"attn.table {why}"
     assert graph.left_alone["attn.spare"] == "not used in forward"
     assert "attn" not in graph.left_alone
+    assert "index" not in graph.left_alone  # a buffer is no layer
 
 
 def test_unknown_ops_are_counted() -> None:
