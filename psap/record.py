@@ -18,6 +18,7 @@ from torch import nn
 import psap
 from psap import measure, report
 from psap.cost import LayerCost
+from psap.errors import ArgumentTypeError
 from psap.events import PruneEvent, WindowEvent
 from psap.shrink import Result
 
@@ -78,7 +79,14 @@ def build(
         command: what was typed.
         seed: of the run.
         config: settings to show; by default those of the pruner.
+
+    Raises:
+        ArgumentTypeError: it is no result.
     """
+    if not isinstance(result, Result):
+        raise ArgumentTypeError(
+            f"result is a {type(result).__name__}; pass what Pruner.finish or psap.apply returned"
+        )
     plan, events = result.plan, result.report.get("events", [])
     owner, measured = result.model if dense is None else dense, measured or Measured()
     found = {

@@ -83,6 +83,15 @@ def test_the_report_of_psap_apply(tmp_path: Path) -> None:
     assert found["fates"]["pruned"] == sum(g.size - len(g.kept) for g in result.plan.groups)
 
 
+def test_a_result_is_made_a_record_first(tmp_path: Path) -> None:
+    model = NETS["residual"]()
+    result = psap.apply(model, psap.plan(psap.trace(model, inputs()), ratio=0.5))
+    with pytest.raises(psap.ArgumentTypeError, match=r"result is a Plan; pass what Pruner\.finish"):
+        record.build(result.plan)  # type: ignore[arg-type]
+    with pytest.raises(psap.ArgumentError, match=r"pass what psap\.record\.build\(result\) return"):
+        report.write(result, tmp_path / "report.html")  # type: ignore[arg-type]
+
+
 def test_fates_in_numbers() -> None:
     pruner, result = pruned(**PULSE)
     counts = record.build(result)["fates"]

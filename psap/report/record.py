@@ -365,7 +365,8 @@ def read(record: Mapping[str, Any]) -> Record:
     """
     if not isinstance(record, Mapping) or record.get("format") != FORMAT:
         found = record.get("format") if isinstance(record, Mapping) else type(record).__name__
-        raise ArgumentError(f"not a report record: its format is {found!r}, wanted {FORMAT!r}")
+        advice = f"wanted {FORMAT!r}; pass what psap.record.build(result) returned"
+        raise ArgumentError(f"not a report record: its format is {found!r}, {advice}")
     if record.get("version") != VERSION:
         raise ArgumentError(
             f"the report record has version {record.get('version')!r}, this psap reads version"
