@@ -185,7 +185,8 @@ def test_saved_copies_lose_the_inputs_that_are_cut(name: str, dim: int) -> None:
         """Where each position of a tensor was in the dense one."""
         return pruner._lineage.original[pruner.graph.channels[side]]
 
-    model, opt, pruner = make(name, protect="gate", **{**PROGRESSIVE, "adapt": "uniform"})
+    options = {**PROGRESSIVE, "adapt": "uniform", "stream_power": 0.0}
+    model, opt, pruner = make(name, protect="gate", **options)
     advance(model, opt, pruner, 0, 9)
     side, across = ("conv2.weight", dim), ("conv2.weight", 1 - dim)
     weight, rows = model.conv2.weight.detach().clone(), channels(side)
