@@ -3,7 +3,8 @@
 A ReLU that is closed for all inputs hides whatever was computed wrongly before it; one that is
 always open hides whether it is there at all. What surgery does to channels does not depend on which
 function runs on them, as long as it makes the same of zero. So a proof may give every function
-a slope: f(x) + x / 4, or f(x) + softsign(x) / 4 where f is bounded, so that gates do not grow.
+a slope: f(x) + x / 4, or f(x) + softsign(x) / 4 where f is bounded, so that gates do not grow. That
+is every op with a flat part that the channel graph has a rule for; others freeze their channels.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from psap.graph.calls import QuietMode
 
 UNBOUNDED = (
     "elu", "celu", "selu", "silu", "gelu", "mish", "hardswish", "leaky_relu", "_prelu_kernel",
-    "hardshrink", "softshrink", "abs",
+    "hardshrink", "softshrink", "abs", "round", "floor", "ceil", "trunc",
 )  # fmt: skip
-BOUNDED = ("hardtanh", "relu6", "hardsigmoid", "tanh", "clamp", "clamp_min", "clamp_max")
+BOUNDED = (
+    "hardtanh", "relu6", "hardsigmoid", "tanh", "erf", "sign", "clamp", "clamp_min", "clamp_max",
+)  # fmt: skip
 
 
 class Sloping(QuietMode):
@@ -54,9 +57,19 @@ def _bounded(func: Any, args: Any, kwargs: Any) -> Any:
     return out.add_(slope, alpha=0.25) if out.shape == slope.shape else out  # as bounds may be
 
 
+def _either(func: Any, args: Any, kwargs: Any) -> Any:
+    """The larger or smaller of two, and a quarter of both."""
+    return func(*args, **kwargs).add_(args[0] / 4).add_(args[1] / 4)
+
+
 _SLOPED = {
     f"aten.{name}{ending}": sloped
-    for names, sloped in ((("relu",), _relu), (UNBOUNDED, _unbounded), (BOUNDED, _bounded))
+    for names, sloped in (
+        (("relu",), _relu),
+        (UNBOUNDED, _unbounded),
+        (BOUNDED, _bounded),
+        (("maximum", "minimum"), _either),
+    )
     for name in names
     for ending in ("", "_")
 }
