@@ -280,7 +280,8 @@ def apply(
             forward() fixes in Python, and gives a ``torch.fx.GraphModule``; "auto" tries the first
             and takes the second if it must.
         check: prove shrunk == masked in float64, in evaluation and in train mode. Without it, a
-            forward that fixes sizes goes unnoticed.
+            forward that fixes sizes goes unnoticed. ``report["verification"]["silent"]`` names
+            layers that gave the same for all random inputs: of those the proof says little.
         inplace: change the caller's model and optimizer. A module whose forward() becomes a program
             stays the same object, but its class is then ``torch.fx.GraphModule``.
 
