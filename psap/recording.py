@@ -7,7 +7,8 @@ else, or where that does not tell all, the whole model does.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+import operator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,7 +29,7 @@ ADDED = ("psap_", "_tensor_constant")
 """What names of modules and of buffers begin with that only a program has."""
 
 
-class _Recorder(fx.Interpreter):
+class _Recorder:
     """Runs a dense program on a module and notes shapes and labels of every value.
 
     Args:
@@ -38,37 +39,54 @@ class _Recorder(fx.Interpreter):
     """
 
     def __init__(self, module: nn.Module, program: fx.GraphModule, tracer: Tracer) -> None:
-        super().__init__(module, graph=program.graph)
+        self._module = module
         self._program = program
-        self.tracer = tracer
+        self._tracer = tracer
         self.record = Record()
 
-    def fetch_attr(self, target: str) -> Any:
-        """An attribute of the module, or what tracing added to the program."""
-        if target.startswith(ADDED) and hasattr(self._program, target):
-            return getattr(self._program, target)
-        return super().fetch_attr(target)
+    def run(self, *args: Any) -> Any:
+        """Run the program; keep what rewriting needs to know about every value."""
+        values: dict[fx.Node, Any] = {}
+        given = iter(args)
+        left = {node: len(node.users) for node in self._program.graph.nodes}
+        for node in left:
+            inputs, options = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+            if node.op == "output":
+                return inputs[0]
+            values[node] = self._value(node, inputs, options, given)
+            with torch._C.DisableTorchFunction():  # asking for a shape here is no call of forward()
+                self._note(node, values[node])
+            for used in node.all_input_nodes:
+                left[used] -= 1
+                if not left[used]:
+                    del values[used]
+        return None
 
-    def run_node(self, n: fx.Node) -> Any:
-        """Run one node; keep what rewriting needs to know about its result."""
-        value = super().run_node(n)
-        with torch._C.DisableTorchFunction():  # asking for a shape here is no call of forward()
-            self._note(n, value)
-        return value
+    def _value(self, node: fx.Node, args: Any, kwargs: Any, given: Iterator[Any]) -> Any:
+        target: Any = node.target
+        if node.op == "placeholder":
+            return list(given) if target.startswith("*") else next(given, *args)
+        if node.op == "call_function":
+            return target(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], target)(*args[1:], **kwargs)
+        added = target.startswith(ADDED) and hasattr(self._program, target)
+        found = operator.attrgetter(target)(self._program if added else self._module)
+        return found(*args, **kwargs) if node.op == "call_module" else found
 
-    def _note(self, n: fx.Node, value: Any) -> None:
+    def _note(self, node: fx.Node, value: Any) -> None:
         if isinstance(value, Tensor):
-            labels = self.tracer.get(value)
-            view = self.tracer.view(value)
+            labels = self._tracer.get(value)
+            view = self._tracer.view(value)
             if labels is not None:
-                self.record.labels[n] = labels
+                self.record.labels[node] = labels
             elif view is not None:
-                self.record.views[n] = view
-            self.record.values[n] = value.shape
+                self.record.views[node] = view
+            self.record.values[node] = value.shape
         elif isinstance(value, (tuple, list)) and all(isinstance(v, Tensor) for v in value):
-            self.record.values[n] = [v.shape for v in value]
+            self.record.values[node] = [v.shape for v in value]
         else:
-            self.record.values[n] = value
+            self.record.values[node] = value
 
 
 def recorded(
@@ -215,17 +233,8 @@ def _through(model: nn.Module, recorders: Mapping[str, _Recorder]) -> Iterator[N
     try:
         for name, recorder in recorders.items():
             module = model.get_submodule(name)
-            signature = inspect.signature(module.forward)
             before.append((module, vars(module).get("forward")))
-
-            def forward(
-                *args: Any, _r: _Recorder = recorder, _s: inspect.Signature = signature, **keys: Any
-            ) -> Any:
-                bound = _s.bind(*args, **keys)
-                bound.apply_defaults()
-                return _r.run(*bound.args, *bound.kwargs.values())
-
-            vars(module)["forward"] = forward
+            vars(module)["forward"] = _forward(module.forward, recorder)
         yield
     finally:
         for module, old in before:
@@ -233,6 +242,17 @@ def _through(model: nn.Module, recorders: Mapping[str, _Recorder]) -> Iterator[N
                 vars(module).pop("forward", None)
             else:
                 vars(module)["forward"] = old
+
+
+def _forward(own: Callable[..., Any], recorder: _Recorder) -> Callable[..., Any]:
+    """What a module's forward() computes, by its program."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        bound = inspect.signature(own).bind(*args, **kwargs)
+        bound.apply_defaults()
+        return recorder.run(*bound.args, *bound.kwargs.values())
+
+    return forward
 
 
 def living(tracer: Tracer, plan: Plan) -> Ints:
