@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from psap.errors import VerificationError
 from psap.symbolic import traced
 from psap.untouched import untouched
 
@@ -31,9 +32,28 @@ def program_of(module: nn.Module, args: Any, kwargs: Any) -> None:
     Raises:
         VerificationError: it cannot.
     """
-    with untouched(module), examples(module) as given:
-        module(*args, **kwargs)
-    traced(module, example_of("", given))
+    try:
+        traced(module, plain(bound_to(module, args, kwargs)))
+    except VerificationError:  # without what forward() may ask of sizes
+        with untouched(module), examples(module) as given:
+            module(*args, **kwargs)
+        traced(module, example_of("", given))
+
+
+def bound_to(module: nn.Module, args: Any, kwargs: Any) -> inspect.BoundArguments | None:
+    """The arguments of a call by name, if forward() says what they are."""
+    try:
+        bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    except (TypeError, ValueError):  # of TorchScript, or a wrapper that adds arguments
+        return None
+    bound.apply_defaults()
+    return bound
+
+
+def plain(bound: inspect.BoundArguments | None) -> dict[str, Any]:
+    """Those arguments that are None, switches or names."""
+    given = {} if bound is None else bound.arguments
+    return {k: v for k, v in given.items() if v is None or type(v) in (bool, str)}
 
 
 @contextmanager

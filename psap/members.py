@@ -31,11 +31,18 @@ def _walk(module: nn.Module, name: str, found: list[tuple[str, nn.Module]], seen
     return type(module).named_modules is nn.Module.named_modules
 
 
-def named_tensors(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
-    """What ``named_parameters()`` and ``named_buffers()`` give: each once, under its first name."""
+def named_tensors(
+    model: nn.Module, held: list[tuple[str, nn.Module]] | None = None
+) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
+    """What ``named_parameters()`` and ``named_buffers()`` give: each once, under its first name.
+
+    Args:
+        model: the model.
+        held: its `named_modules`, where they are known.
+    """
     if any(getattr(type(model), name) is not getattr(nn.Module, name) for name in _ASKED):
         return dict(model.named_parameters()), dict(model.named_buffers())
-    held = named_modules(model)
+    held = named_modules(model) if held is None else held
     return _named(held, "_parameters"), _named(held, "_buffers")
 
 

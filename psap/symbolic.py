@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dis
+import functools
 import operator
+import sys
 import types
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -75,11 +78,24 @@ def _both(
 class _Proxy(fx.Proxy):
     """A value whose positions forward() may set, and whose items it may count."""
 
+    def __iter__(self) -> Iterator[Any]:
+        """As torch.fx does it, which decodes the whole calling function every time."""
+        frame: Any = sys._getframe(1)
+        count = _unpacked(frame.f_code, frame.f_lasti)
+        return self.tracer.iter(self) if count is None else (self[i] for i in range(count))  # type: ignore[index]
+
     def __len__(self) -> int:
         return sum(1 for _ in iter(self))
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+
+@functools.lru_cache(1024)
+def _unpacked(code: types.CodeType, at: int) -> int | None:
+    """How many values an instruction of a function unpacks, if it does so."""
+    instruction = next(found for found in dis.get_instructions(code) if found.offset >= at)
+    return instruction.argval if instruction.opname == "UNPACK_SEQUENCE" else None
 
 
 class _Symbolic(SharedTracer):

@@ -49,17 +49,16 @@ def gather(vectors: list[Ints], alive: NDArrayBool) -> tuple[Ints, list[int], li
     np.add.at(signature, places.component, _mix(places.vector, places.count))
     chosen = np.flatnonzero(alive)
     chosen = chosen[np.argsort(_first(places, alive.size)[chosen], kind="stable")]
-    channel = np.full(alive.size, -1, dtype=np.int64)
-    members: dict[int, list[int]] = {}
-    for component, mixed in zip(chosen.tolist(), signature[chosen].tolist(), strict=True):
-        members.setdefault(mixed, []).append(component)
+    _, starts, kind, counts = np.unique(
+        signature[chosen], return_index=True, return_inverse=True, return_counts=True
+    )
+    in_order = np.argsort(starts)
+    number = np.argsort(in_order)[kind]  # of the group of each, the groups as they occur
     in_group = np.full(alive.size, -1, dtype=np.int64)
-    start = 0
-    for number, found in enumerate(members.values()):
-        channel[found] = np.arange(start, start + len(found))
-        in_group[found] = number
-        start += len(found)
-    sizes = [len(found) for found in members.values()]
+    in_group[chosen] = number
+    channel = np.full(alive.size, -1, dtype=np.int64)
+    channel[chosen[np.argsort(number, kind="stable")]] = np.arange(chosen.size)
+    sizes = counts[in_order].tolist()
     return channel, sizes, _shared(places, in_group, sizes)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from psap.errors import VerificationError
 from psap.examples import program_of
 from psap.graph.labels import Ints, Labels
+from psap.shared import together
 
 
 class Attending:
@@ -30,12 +31,17 @@ class Attending:
     def settle(self, labels: Labels) -> None:
         """Freeze channels of modules whose forward() may fix widths, and cannot be rewritten."""
         reasons: dict[type[nn.Module], str] = {}
-        for kind, (module, args, kwargs) in self._calls.items():
-            try:
-                with torch.no_grad():
-                    program_of(module, args, kwargs)
-            except VerificationError as error:
-                reasons[kind] = f"attention in a forward() that cannot be rewritten: {error}"
+
+        def try_all() -> None:
+            for kind, (module, args, kwargs) in self._calls.items():
+                try:
+                    with torch.no_grad():
+                        program_of(module, args, kwargs)
+                except VerificationError as error:
+                    reasons[kind] = f"attention in a forward() that cannot be rewritten: {error}"
+
+        if self._calls:
+            together(try_all)
         for kind, channels in self._found:
             if kind in reasons:
                 labels.freeze(channels, reasons[kind])

@@ -28,6 +28,19 @@ class TensorMap(Generic[Value]):
         entry = self._entries.get(id(tensor))
         return entry[1] if entry is not None and entry[0]() is tensor else None
 
+    def all(self, tensors: Iterable[Tensor]) -> list[Value]:
+        """The values of those tensors that have one."""
+        found = []
+        for tensor in tensors:
+            entry = self._entries.get(id(tensor))
+            if entry is not None and entry[0]() is tensor:
+                found.append(entry[1])
+        return found
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        entry = self._entries.get(id(tensor))
+        return entry is not None and entry[0]() is tensor
+
     def __setitem__(self, tensor: Tensor, value: Value) -> None:
         self._entries[id(tensor)] = (weakref.ref(tensor), value)
 
@@ -84,7 +97,10 @@ def schema(func: Any) -> Schema:
 
 def bind(found: Schema, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments by their names in the schema."""
-    return {**found.defaults, **dict(zip(found.names, args, strict=False)), **kwargs}
+    bound = dict(found.defaults)
+    bound.update(zip(found.names, args, strict=False))
+    bound.update(kwargs)
+    return bound
 
 
 def tensors_in(values: Iterable[Any]) -> list[Tensor]:

@@ -38,7 +38,10 @@ def _reads(
     """
     view = t.view(weight)
     if view is None or view.kind != "standard" or t.shapes[view.name][view.dims[dim]] == 1:
-        return t.claim(weight, dim, "in" if labels is None else t.reading(labels), like)
+        role = "in" if labels is None else t.reading(labels)
+        if like is not None and (role == "cut" or t.gated):
+            like = plain(like)
+        return t.claim(weight, dim, role, like)
     if labels is not None:
         t.settle(labels)
     side = t.claim(weight, dim, "in" if t.gated else "cut")
@@ -106,14 +109,15 @@ def _slides(t: Tracer, a: Args, view: View, out: Tensor) -> bool:
 def _grouped(t: Tracer, x: Tensor, weight: Tensor, groups: int) -> Tensor | None:
     """Tie the channels of all convolution groups at the same offset; depthwise ones follow x."""
     labels = t.get(x)
-    gives = t.claim(weight, 0, "out", along(x, labels, 1) if weight.shape[1] == 1 else None)
+    like = along(x, labels, 1) if weight.shape[1] == 1 else None
+    gives = t.claim(weight, 0, "out", None if like is None else plain(like))
     if labels is None:
         return None
     channels = channels_along(t, x, labels, 1, "grouped convolution")
     if channels is None:
         return None
     if weight.shape[1] == 1:  # a filter that is zero gives zero whatever it reads
-        t.labels.freeze(t.claim(weight, 1, "in"), "depthwise")
+        _alone(t, weight)
         times = weight.shape[0] // groups
         t.labels.unite(channels if times == 1 else channels.repeat_interleave(times), gives)
         return gives
@@ -122,6 +126,16 @@ def _grouped(t: Tracer, x: Tensor, weight: Tensor, groups: int) -> Tensor | None
     rows = gives.view(groups, -1)
     t.labels.unite(rows, rows[0])
     return gives
+
+
+def _alone(t: Tracer, weight: Tensor) -> None:
+    """The side of size 1 of depthwise filters, one and the same for all of them."""
+    if t.single is None:
+        t.single = t.labels.new(1)
+        t.labels.freeze(t.single, "depthwise")
+    side = t.claim(weight, 1, "in", t.single)
+    if side is not t.single:
+        t.labels.freeze(side, "depthwise")
 
 
 def _grouped_back(t: Tracer, x: Tensor, weight: Tensor, groups: int) -> Tensor | None:
@@ -134,7 +148,7 @@ def _grouped_back(t: Tracer, x: Tensor, weight: Tensor, groups: int) -> Tensor |
         return None
     if weight.shape[0] == groups:
         t.labels.unite(channels, t.claim(weight, 0, "out"))
-        t.labels.freeze(t.claim(weight, 1, "in"), "depthwise")
+        _alone(t, weight)
         return channels.repeat_interleave(weight.shape[1])
     reads = _reads(t, weight, 0, labels)
     t.labels.unite(channels, reads)
@@ -221,14 +235,15 @@ def batch_norm(t: Tracer, a: Args, out: Any) -> None:
                 t.freeze_parameter(view, "normalises data that has no channels to prune")
                 t.keep_view(vector)
         return
+    clean = plain(channels)
     for vector, role in zip(vectors, ("out", "out", "out", "state"), strict=True):
         if isinstance(vector, Tensor) and t.view(vector) is not None:
-            t.labels.unite(t.claim(vector, 0, role, channels), channels)
+            t.labels.unite(t.claim(vector, 0, role, clean), clean)
         elif isinstance(vector, Tensor):
             tie_computed(t, t.get(vector), channels, role)
     weight = vectors[0]
     view = t.view(weight)
-    if weight is not None:
+    if weight is not None and clean is not channels:
         labels = plain(labels)
     if view is not None:
         t.affine.update(v.name for v in map(t.view, vectors[:2]) if v is not None)

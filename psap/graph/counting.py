@@ -6,17 +6,18 @@ forward(), or what it does in train mode only, is no obstacle as long as it coun
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
+from psap.examples import bound_to, plain
 from psap.graph.calls import TensorMap
-from psap.graph.outputs import NoDropout
+from psap.graph.outputs import CHANGED, NoDropout
 
 COUNTING = frozenset({
     "view", "reshape", "unflatten", "expand", "pad", "_pad", "__getitem__", "split",
@@ -84,15 +85,10 @@ class Sizes:
                 self.entries[name] = None
             return
         self._calls[name] = None if first is None else weakref.ref(first)
-        try:
-            bound = inspect.signature(module.forward).bind(*args, **kwargs)
-        except (TypeError, ValueError):  # of TorchScript, or a wrapper that adds arguments
-            self.given[name] = {}
-            return
-        bound.apply_defaults()
-        plain = {k: v for k, v in bound.arguments.items() if v is None or type(v) in (bool, str)}
-        self.given[name] = plain
-        if tracer.counting and not (module._forward_pre_hooks or module._forward_hooks):
+        bound = bound_to(module, args, kwargs)
+        self.given[name] = plain(bound)
+        hooked = module._forward_pre_hooks or module._forward_hooks
+        if tracer.counting and bound is not None and not hooked:
             self.entries[name] = _entry([*bound.args, *bound.kwargs.values()], tracer)
 
 
@@ -123,7 +119,10 @@ def _entry(values: Any, tracer: Any) -> list[Any] | None:
 
 
 class Watch(NoDropout):
-    """Looks for such calls while a model runs, without dropout.
+    """Looks for such calls while a model runs, without dropout, and tells which attention runs.
+
+    Single calls do not say all of an attention: "implicit" is one that scales by the width of its
+    heads; "known" and "fixed" also fix widths in Python, with or without a program for graph mode.
 
     Args:
         tracer: the `psap.graph.trace.Tracer` that follows the labels.
@@ -137,17 +136,32 @@ class Watch(NoDropout):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Run the call and note the labels of its first argument and of its results."""
-        out = super().__torch_function__(func, types, args, kwargs)
         name = getattr(func, "__name__", "")
+        if not (name in _NOTED or "dropout" in name or name.startswith("conv")):
+            return func(*args, **kwargs) if kwargs else func(*args)
+        if func is F.multi_head_attention_forward:
+            self._tracer.attention = "known" if self._known() else "fixed"
+        elif func is F.scaled_dot_product_attention and (kwargs or {}).get("scale") is None:
+            self._tracer.attention = "implicit"
+        try:
+            out = super().__torch_function__(func, types, args, kwargs)
+        finally:
+            self._tracer.attention = ""
         if name in ("__get__", "size"):
             labels = self._tracer.get(args[0])
             if labels is not None:
                 self._tracer.sizes.read.setdefault(self._tracer.inside(), {})[id(labels)] = labels
         elif (name in COUNTING or name.startswith("conv")) and not _one_row(name, args):
-            self._note(name, tree_leaves((args[:1], out)))
+            self._note(name, args[0] if args else None, out)
         return out
 
-    def _note(self, name: str, tensors: list[Any]) -> None:
+    def _known(self) -> bool:
+        """Whether graph mode has a program for a module whose heads have fixed widths."""
+        call = self._tracer.innermost()
+        forward = None if call is None else type(call["self"]).forward
+        return forward is nn.MultiheadAttention.forward and not self._tracer.gated
+
+    def _note(self, name: str, first: Any, out: Any) -> None:
         call = self._tracer.innermost()
         module = None if call is None else call["self"]
         if call is None or (
@@ -155,8 +169,9 @@ class Watch(NoDropout):
         ):
             return  # the groups of a convolution of its own follow
         sizes, where = self._tracer.sizes, self._tracer.name_of(module)
+        tensors = tree_leaves((first, out))
         if name == "expand":
-            sizes.spread[tensors[-1]] = True
+            sizes.spread[out] = True
         if name in ("view", "reshape", "expand"):
             sizes.fixed.add(where)
         for tensor in tensors:
@@ -168,12 +183,13 @@ class Watch(NoDropout):
         sizes.called(self._tracer, call)
 
 
+_NOTED = COUNTING | CHANGED | {"__get__", "size"}
+"""Names of calls that are not only run, besides dropouts and convolutions."""
+
+
 def _one_row(name: str, args: tuple[Any, ...]) -> bool:
     """Whether a call makes one row of all that there is, ``view(1, -1)``: right for any number."""
-    given = args[1:] if len(args) != 2 or isinstance(args[1], int) else args[1]
-    return (
-        name in ("view", "reshape")
-        and isinstance(given, (tuple, list))
-        and len(given) > 0
-        and all(type(size) is int and size in (1, -1) for size in given)
-    )
+    if name not in ("view", "reshape"):
+        return False
+    given = args[1] if len(args) == 2 and isinstance(args[1], (tuple, list)) else args[1:]
+    return len(given) > 0 and all(type(size) is int and size in (1, -1) for size in given)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from psap.graph.common import channels_along, first, freeze_all, vector
-from psap.graph.labels import TAINT
+from psap.graph.labels import TAINT, plain, tainting
 from psap.graph.trace import Args, Rule, Tracer
 from psap.graph.weights import scales
 
@@ -76,7 +76,8 @@ def prelu(t: Tracer, a: Args, out: Tensor) -> None:
         if view is None or len(dims) != 1:
             t.freeze(labels, "prelu with a computed slope")
             return
-        t.labels.unite(t.claim(weight, dims[0], "slope", channels), channels)
+        clean = plain(channels)
+        t.labels.unite(t.claim(weight, dims[0], "slope", clean), clean)
     t.set(out, labels)
 
 
@@ -103,28 +104,33 @@ def _operand(t: Tracer, x: Any, like: Tensor) -> Tensor | None:
 
 def _binary(t: Tracer, a: Args, out: Tensor, product: bool, name: str) -> None:
     x, y = a["self"], a["other"]
-    known = t.get(x) if t.get(x) is not None else t.get(y)
-    if known is None:
-        known = vector(t, x) if vector(t, x) is not None else vector(t, y)
-    if known is None:
-        return
-    sides = [_operand(t, x, known), _operand(t, y, known)]
-    for index, (tensor, labels) in enumerate(((x, sides[0]), (y, sides[1]))):
-        other = sides[1 - index]
-        if labels is None:
-            if other is None:
-                return
-            t.set(out, _with_constant(t, other, tensor, product, name))
+    left, right = t.get(x), t.get(y)
+    if left is None or right is None:
+        known = left if left is not None else right
+        if known is None:
+            known = vector(t, x) if vector(t, x) is not None else vector(t, y)
+        if known is None:
             return
-    left, right = _same_rank(sides[0], sides[1])
-    if _spread(t, (x, left), (y, right), out, product, name):
+        left, right = _operand(t, x, known), _operand(t, y, known)
+    if left is None or right is None:
+        one, constant = (right, x) if left is None else (left, y)
+        if one is not None:
+            t.set(out, _with_constant(t, one, constant, product, name))
+        return
+    left, right = _same_rank(left, right)
+    alike = left.shape == right.shape
+    if not alike and _spread(t, (x, left), (y, right), out, product, name):
         return
     t.labels.unite(left, right)
-    t.set(out, left & (right | TAINT - 1) if product else left | right & TAINT)
+    if alike and not tainting(left if product else right):
+        t.set(out, left)
+    else:
+        t.set(out, left & (right | TAINT - 1) if product else left | right & TAINT)
 
 
-def _same_rank(a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor]:
-    assert a is not None and b is not None
+def _same_rank(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    if a.dim() == b.dim():
+        return a, b
     rank = max(a.dim(), b.dim())
     left, right = (x.view([1] * (rank - x.dim()) + list(x.shape)) for x in (a, b))
     return left, right

@@ -43,8 +43,9 @@ def _normalised(
     """The channels of the result: zero again if an affine pair is, else no longer zero."""
     t.settle(labels)
     t.count_channels(labels)
+    clean = plain(channels)
     for vector, dim in vectors:
-        t.labels.unite(t.claim(vector, dim, "out", channels), channels)
+        t.labels.unite(t.claim(vector, dim, "out", clean), clean)
     t.set(out, plain(labels) if vectors else t.taint(labels, "a norm"))
 
 
@@ -73,8 +74,9 @@ def group_norm(t: Tracer, a: Args, out: Any) -> None:
         t.labels.unite(rows, rows[0])
         _normalised(t, labels, channels, pairs, first(out))
         return
+    clean = plain(channels)
     for vector, _ in pairs:
-        t.labels.unite(t.claim(vector, 0, "out", channels), channels)
+        t.labels.unite(t.claim(vector, 0, "out", clean), clean)
     t.set(first(out), plain(labels))
 
 

@@ -51,51 +51,24 @@ class NoDropout(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Skip the call if it is a dropout."""
-        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in CHANGED or "dropout" in name:
+            return self._changed(func, name, args, kwargs or {})
+        return func(*args, **kwargs) if kwargs else func(*args)
+
+    def _changed(self, func: Any, name: str, args: tuple[Any, ...], kwargs: Any) -> Any:
         if func is F.scaled_dot_product_attention:
             if len(args) < 5:
                 return func(*args, **{**kwargs, "dropout_p": 0.0})
             args = (*args[:4], 0.0, *args[5:])
         if func is F.multi_head_attention_forward and len(args) > 10:
             args = (*args[:10], 0.0, *args[11:])
-        if "dropout" in getattr(func, "__name__", ""):
+        if "dropout" in name:
             return args[0] if args else kwargs["input"]
         if self._steady and func is F.batch_norm and args[1] is not None and args[2] is not None:
             kwargs = {**kwargs, "training": False}
         return func(*args, **kwargs)
 
 
-class Inside(TorchFunctionMode):
-    """Tells a tracer that functions run whose single calls do not say all.
-
-    "implicit": an attention that scales by the width of its heads; "known", "fixed": one that also
-    fixes widths in Python, with or without a program for graph mode.
-
-    Args:
-        tracer: a `psap.graph.trace.Tracer`.
-    """
-
-    def __init__(self, tracer: Any) -> None:
-        super().__init__()
-        self._tracer = tracer
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """Run the call; note before what is to be known of it."""
-        kwargs = kwargs or {}
-        packed = func is F.multi_head_attention_forward
-        if packed:
-            self._tracer.attention = "known" if self._known() else "fixed"
-        elif func is F.scaled_dot_product_attention and kwargs.get("scale") is None:
-            self._tracer.attention = "implicit"
-        try:
-            return func(*args, **kwargs)
-        finally:
-            self._tracer.attention = ""
-
-    def _known(self) -> bool:
-        """Whether graph mode has a program for a module whose heads have fixed widths."""
-        call = self._tracer.innermost()
-        forward = None if call is None else type(call["self"]).forward
-        return forward is nn.MultiheadAttention.forward and not self._tracer.gated
+CHANGED = frozenset({"scaled_dot_product_attention", "multi_head_attention_forward", "batch_norm"})
+"""Names of calls besides dropouts that may not run as they are."""

@@ -23,7 +23,6 @@ from psap.graph.attending import Attending
 from psap.graph.calls import QuietMode, Schema, TensorMap, bind, schema, tensors_in
 from psap.graph.counting import Sizes, Watch
 from psap.graph.labels import TAINT, Labels, compact, plain, tainting
-from psap.graph.outputs import Inside
 from psap.graph.outputs import output_tensors as output_tensors
 from psap.members import named_modules, named_tensors, set_training
 
@@ -95,6 +94,7 @@ class Tracer(QuietMode):
         self.counted: list[Tensor] = []
         self.sizes = Sizes()
         self.labels = Labels()
+        self.single: Tensor | None = None  # the label of the input side of all depthwise filters
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.along: dict[tuple[str, int], Tensor] = {}
         self.roles: dict[tuple[str, int], str] = {}
@@ -112,12 +112,14 @@ class Tracer(QuietMode):
         self._rules = rules
         self._views: TensorMap[View] = TensorMap()
         self._activations: TensorMap[Tensor] = TensorMap()
+        self._narrow: TensorMap[bool] = TensorMap()  # labels that are compact
         self._origin: TensorMap[str] = TensorMap()
         self._taints: dict[int, str] = {}
         self._tainting: list[tuple[Tensor, str]] = []
         self._claimed: set[str] = set()
-        self._names = {id(module): name for name, module in named_modules(model)}
-        self.parameters, self.buffers = named_tensors(model)
+        held = named_modules(model)
+        self._names = {id(module): name for name, module in held}
+        self.parameters, self.buffers = named_tensors(model, held)
         for name, tensor in (*self.parameters.items(), *self.buffers.items()):
             self._views[tensor] = View(name, tuple(range(tensor.dim())))
             self.shapes[name] = tuple(tensor.shape)
@@ -140,8 +142,8 @@ class Tracer(QuietMode):
             dim: dimension of ``tensor``.
             role: "out" if zeros there make the channel zero, "in" if the channel is read there,
                 "cut" if it is and is not zero when it is pruned.
-            like: labels, as many as positions, that the caller unites the result with: a side
-                without labels takes these, so that most channels have only one.
+            like: labels without taint, as many as positions, that the caller unites the result
+                with: a side without labels takes these, so that most channels have only one.
         """
         view = self._views.get(tensor)
         if view is None:
@@ -165,7 +167,7 @@ class Tracer(QuietMode):
             if like is None or like.numel() != size:
                 labels = self.labels.new(size)
             else:
-                labels = plain(like.reshape(-1))
+                labels = like if like.dim() == 1 else like.reshape(-1)
             self.along[key] = labels
             self.roles[key] = role
         elif {role, self.roles[key]} == {"in", "cut"}:
@@ -193,7 +195,10 @@ class Tracer(QuietMode):
         """Give an activation its labels, which broadcast to its shape."""
         if labels.dim() != tensor.dim():
             labels = labels.expand(tensor.shape)
-        self._activations[tensor] = compact(labels)
+        if labels not in self._narrow:
+            labels = compact(labels)
+            self._narrow[labels] = True
+        self._activations[tensor] = labels
 
     def full(self, tensor: Tensor) -> Tensor | None:
         """Labels of an activation in its own shape."""
@@ -230,7 +235,9 @@ class Tracer(QuietMode):
 
         What does not stay zero is silent all the same if its readers have zeros there ("cut").
         """
-        if not self.gated and tainting(labels):
+        if not tainting(labels):
+            return "in"
+        if not self.gated:
             return "cut"
         self.settle(labels)
         return "in"
@@ -270,8 +277,8 @@ class Tracer(QuietMode):
         found = schema(func)
         tensors = tensors_in((*args, *kwargs.values()) if kwargs else args)
         out = func(*args, **kwargs)
-        views = [view for t in tensors if (view := self._views.get(t)) is not None]
-        before = [labels for t in tensors if (labels := self._activations.get(t)) is not None]
+        views = self._views.all(tensors)
+        before = self._activations.all(tensors)
         if not views and not before:
             return out
         if not found.shapes_only or self._like_channels(found, tensors):
@@ -357,14 +364,8 @@ def _eager() -> Iterator[None]:
 @contextmanager
 def following(tracer: Tracer) -> Iterator[None]:
     """Let a tracer see all calls."""
-    with (
-        _eager(),
-        Inside(tracer),
-        Watch(tracer),
-        torch.inference_mode(False),  # which turns gradients on
-        torch.no_grad(),
-        tracer,
-    ):
+    # torch.inference_mode(False) turns gradients on
+    with _eager(), Watch(tracer), torch.inference_mode(False), torch.no_grad(), tracer:
         yield
 
 
