@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 
 from psap.errors import VerificationError
 from psap.examples import example_of, examples
+from psap.generated import Generator
 from psap.graph.groups import no_collection
 from psap.graph.labels import Ints
 from psap.openings import openings
@@ -68,11 +69,11 @@ def program(
     records, alive = recorded(model, dense, cast, plan, alone=same)
     small = small_copy(model, plan)
     made = 0
-    places = _places(small)
+    places, generator = _places(small), Generator()
     for name in sorted(dense, key=lambda n: (n != "", n.count(".")), reverse=True):
         body = small.get_submodule(name)
         try:
-            part = _small(dense[name], body, records[name], alive)
+            part = _small(dense[name], body, records[name], alive, generator)
         except VerificationError as error:
             failures.append(str(error))
             continue
@@ -116,7 +117,9 @@ def _traced(
     return dense
 
 
-def _small(dense: fx.GraphModule, body: nn.Module, record: Record, alive: Ints) -> fx.GraphModule:
+def _small(
+    dense: fx.GraphModule, body: nn.Module, record: Record, alive: Ints, generator: Generator
+) -> fx.GraphModule:
     """The program of one module, on the small tensors of ``body``."""
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
@@ -124,7 +127,8 @@ def _small(dense: fx.GraphModule, body: nn.Module, record: Record, alive: Ints) 
     for node, twin in copied.items():
         if node in record.values:
             rewrite(node, twin, record, alive)
-        twin.type = None  # torch.fx cannot pickle annotations that are text
+        if twin.type is not None:
+            twin.type = None  # torch.fx cannot pickle annotations that are text
     if isinstance(body, nn.MultiheadAttention):
         body._qkv_same_embed_dim = False  # nn.TransformerEncoder would call a fused kernel
         with graph.inserting_before(next(iter(graph.nodes))):
@@ -139,7 +143,7 @@ def _small(dense: fx.GraphModule, body: nn.Module, record: Record, alive: Ints) 
     device = next((x.device for x in body.parameters()), torch.device("cpu"))
     for name, constant in record.constants.items():
         body.register_buffer(name, constant.to(device), persistent=False)
-    small = fx.GraphModule(body, graph, type(body).__name__)
+    small = generator.module(body, graph, type(body).__name__)
     for kind, value in vars(body).items():
         if kind in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             setattr(small, kind, value)  # all of them, in the order of the model

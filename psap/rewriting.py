@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
 from typing import Any
@@ -29,7 +30,7 @@ def _count(node: fx.Node, twin: fx.Node, shape: torch.Size, before: Stays) -> No
         return
     if node.target not in (F.layer_norm, F.group_norm, F.rms_norm, F.batch_norm):
         raise VerificationError(f"{name} at {node.name} has no rewriting rule")
-    bound = inspect.signature(node.target).bind(*twin.args, **twin.kwargs)
+    bound = _signature(node.target).bind(*twin.args, **twin.kwargs)
     bound.apply_defaults()
     given = bound.arguments
     if name == "batch_norm":
@@ -48,6 +49,9 @@ def _count(node: fx.Node, twin: fx.Node, shape: torch.Size, before: Stays) -> No
         twin.target = counted.layer_norm if name == "layer_norm" else counted.rms_norm
         how = [over, given["weight"], *([given["bias"]] if name == "layer_norm" else [])]
     twin.args, twin.kwargs = (given["input"], *how, given["eps"], share), {}
+
+
+_signature = functools.cache(inspect.signature)
 
 
 def _mean(node: fx.Node, twin: fx.Node, shape: torch.Size, before: Stays) -> None:

@@ -30,6 +30,7 @@ class Record:
         kept: positions of each parameter that stay, by dimension.
         shapes: shapes of the parameters.
         constants: tensors that the small program needs, by name.
+        stays: what `stays_of` has found, for one choice of channels.
     """
 
     labels: dict[fx.Node, Tensor] = field(default_factory=dict)
@@ -38,6 +39,7 @@ class Record:
     kept: Mapping[str, Mapping[int, tuple[int, ...]]] = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     constants: dict[str, Tensor] = field(default_factory=dict)
+    stays: dict[fx.Node, Stays | None] = field(default_factory=dict)
 
     def of_parameter(self, node: fx.Node) -> Stays | None:
         """Which positions of a parameter stay, per dimension of the value that it is."""
@@ -61,6 +63,12 @@ class Record:
 
 def stays_of(node: Any, record: Record, alive: Ints) -> Stays | None:
     """Which positions of an activation stay, per dimension; None if nothing goes."""
+    if node not in record.stays:
+        record.stays[node] = _stays(node, record, alive)
+    return record.stays[node]
+
+
+def _stays(node: Any, record: Record, alive: Ints) -> Stays | None:
     labels = record.labels.get(node)
     if node in record.views:
         return record.of_parameter(node)

@@ -157,3 +157,21 @@ def test_nothing_is_left_in_the_model() -> None:
     assert all(module.training for module in model.modules())
     assert "forward" not in vars(model[1])
     assert all(torch.equal(value, buffers[name]) for name, value in model.named_buffers())
+
+
+def test_programs_that_say_the_same_share_their_code_alone() -> None:
+    model = _around(*(Net(FIXED["view, packed"], one=conv(8, 8)) for _ in range(3)))
+    plan = psap.plan(psap.trace(model, image()), ratio={"1.one": 0.5, "2.one": 0.5, "3.one": 0.25})
+    small = psap.apply(model, plan, mode="graph").model
+    first, second, third = small[1], small[2], small[3]
+    assert first.code == second.code != third.code
+    assert_exact(model, plan, small, IMAGE)
+    x = image(1, second.one.in_channels, 8, 8)
+    kept = second(x)
+    for node in first.graph.find_nodes(op="call_method", target="view"):
+        node.args = (node.args[0], (-1,))
+    first.recompile()
+    assert first(image(1, first.one.in_channels, 8, 8)).dim() == 1
+    assert torch.equal(second(x), kept)
+    second.recompile()
+    assert torch.equal(second(x), kept)
