@@ -66,14 +66,14 @@ def program(
 
     dense.update(_traced(model, opened, cast, failures))
     same = plan.graph is not None and inputs is plan.graph.inputs
-    records, alive = recorded(model, dense, cast, plan, alone=same)
+    records = recorded(model, dense, cast, plan, alone=same)
     small = small_copy(model, plan)
     made = 0
     places, generator = _places(small), Generator()
     for name in sorted(dense, key=lambda n: (n != "", n.count(".")), reverse=True):
         body = small.get_submodule(name)
         try:
-            part = _small(dense[name], body, records[name], alive, generator)
+            part = _small(dense[name], body, *records[name], generator)
         except VerificationError as error:
             failures.append(str(error))
             continue

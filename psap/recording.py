@@ -6,6 +6,7 @@ else, or where that does not tell all, the whole model does.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping
@@ -14,12 +15,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
+from psap.graph import Graph
 from psap.graph.counting import Given
 from psap.graph.labels import TAINT, Ints, plain
 from psap.graph.rules import RULES
 from psap.graph.trace import Tracer, following, run
+from psap.members import named_tensors
 from psap.openings import removed
 from psap.plans import Plan
 from psap.sizes import Record
@@ -89,6 +93,10 @@ class _Recorder:
             self.record.values[node] = value
 
 
+Records = dict[str, tuple[Record, Ints]]
+"""By module what its program showed, and for every label in that 1 if its channel stays, else 0."""
+
+
 def recorded(
     model: nn.Module,
     dense: Mapping[str, fx.GraphModule],
@@ -96,7 +104,7 @@ def recorded(
     plan: Plan,
     *,
     alone: bool,
-) -> tuple[dict[str, Record], Ints]:
+) -> Records:
     """Run programs of modules under a label tracer.
 
     Args:
@@ -105,25 +113,20 @@ def recorded(
         inputs: inputs of the model's dtype.
         plan: the plan.
         alone: whether ``inputs`` are those of the plan's trace, so that what it saw may do.
-
-    Returns:
-        What each program showed, and for every label 1 if its channel stays, else 0.
     """
-    alive = None
-    if alone and plan.graph is not None and all(map(plan.graph.entries.get, _outermost(dense))):
-        tracer, recorders = _recorders(model, dense)
-        alive = _replayed(model, recorders, plan, tracer)
-    if alive is None:
+    shapes = {name: tuple(t.shape) for found in named_tensors(model) for name, t in found.items()}
+    records = _replayed(model, dense, plan) if alone else None
+    if records is None:
         tracer, recorders = _recorders(model, dense)
         with untouched(model), _through(model, recorders):
             run(tracer, model, inputs, training=False)
         alive = living(tracer, plan)
+        records = {name: (recorder.record, alive) for name, recorder in recorders.items()}
     kept = plan.kept()
-    records = {name: recorder.record for name, recorder in recorders.items()}
-    for record in records.values():
+    for record, _ in records.values():
         record.labels = {node: plain(labels) for node, labels in record.labels.items()}
-        record.kept, record.shapes = kept, tracer.shapes
-    return records, alive
+        record.kept, record.shapes = kept, shapes
+    return records
 
 
 def _recorders(
@@ -134,59 +137,89 @@ def _recorders(
     return tracer, made
 
 
-def _outermost(names: Mapping[str, Any]) -> list[str]:
-    """Those modules that are within no other one."""
-    found: list[str] = []
+def _outermost(names: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Those modules that are within no other one, and which ones are within each, itself too."""
+    found: dict[str, list[str]] = {}
+    last = None
     for name in sorted(names, key=lambda n: n.split(".") if n else []):
-        if not (found and (not found[-1] or name.startswith(f"{found[-1]}."))):
-            found.append(name)
+        if last is None or (last and not name.startswith(f"{last}.")):
+            last = name
+        found.setdefault(last, []).append(name)
     return found
 
 
-def _replayed(
-    model: nn.Module, recorders: Mapping[str, _Recorder], plan: Plan, tracer: Tracer
-) -> Ints | None:
+def _replayed(model: nn.Module, dense: Mapping[str, fx.GraphModule], plan: Plan) -> Records | None:
     """Run the programs alone, on what their modules were called with in the plan's trace.
 
+    Of modules that are built alike, and called alike but for the channels, one is run.
+
     Returns:
-        For every label 1 if its channel stays, else 0; None if that does not tell all of them.
+        The records; None if that does not tell all of them.
     """
-    graph, gone = plan.graph, removed(plan)
-    if graph is None or gone is None:
+    graph, gone, outer = plan.graph, removed(plan), _outermost(dense)
+    if graph is None or gone is None or not all(map(graph.entries.get, outer)):
         return None
-    channels = tracer.labels.new(gone.size)  # the last one is for what is fixed
+    entries = {name: list(_flat(graph.entries[name] or [])) for name in outer}
     like = next((p for p in model.parameters() if p.is_floating_point()), None)
-    entries = {name: graph.entries[name] or [] for name in _outermost(recorders)}
-    given = [x for values in entries.values() for x in _flat(values) if isinstance(x, Given)]
+    given = [x for values in entries.values() for x in values if isinstance(x, Given)]
     if like is None or any((x.dtype, x.device) != (like.dtype, like.device) for x in given):
         return None
-    made = {n: _made(x, graph.channel_of, channels, tracer) for n, x in entries.items()}
+    families: dict[Any, list[str]] = {}
+    for name, inside in outer.items():
+        programs = tuple((n[len(name) :], id(dense[n])) for n in inside)
+        form = tuple(map(_form, entries[name]))
+        families.setdefault((programs, form), []).append(name)
+    tracer, recorders = _recorders(model, dense)
+    met: dict[str, tuple[list[Tensor], set[str]]] = {}
     try:
         with untouched(model), _through(model, recorders), following(tracer):
-            for name, values in made.items():
-                model.get_submodule(name).eval()
-                recorders[name].run(*values)
+            for name, *_ in families.values():
+                met[name] = _run(name, graph.entries[name], model, recorders[name], tracer)
     except Exception:  # the whole model will show what fails
         return None
-    sides = [
-        (labels, graph.channels[side])
-        for side, labels in tracer.along.items()
-        if side in graph.channels
-    ]
-    used = [labels for r in recorders.values() for labels in r.record.labels.values()]
-    return _told([(channels, np.arange(gone.size)), *sides], gone, used, tracer)
+    told = _Told(tracer, graph, gone)
+    records: Records = {}
+    for names in families.values():
+        shown = {n: recorders[n].record for n in outer[names[0]]}
+        for name in names:
+            if not told.of(name, names[0], entries[name], shown, *met[names[0]], records):
+                return None
+    return records
+
+
+def _run(
+    name: str, values: Any, model: nn.Module, recorder: _Recorder, tracer: Tracer
+) -> tuple[list[Tensor], set[str]]:
+    """Run one program; returns the labels that its arguments got, and the tensors that it used."""
+    with torch._C.DisableTorchFunction():
+        bases: list[Tensor] = []
+        made = _made(values, bases, tracer)
+    tracer.reached = set()
+    model.get_submodule(name).eval()
+    recorder.run(*made)
+    return bases, tracer.reached
 
 
 def _flat(values: Any) -> Iterator[Any]:
     for value in values:
         if type(value) in (list, tuple):
+            yield type(value), len(value)
             yield from _flat(value)
         else:
             yield value
 
 
-def _made(values: Any, channel_of: Ints, channels: Tensor, tracer: Tracer) -> Any:
-    """Arguments: zeros in place of tensors, with the labels of their channels."""
+def _form(value: Any) -> Any:
+    """What two arguments have in common that differ in their channels alone."""
+    if not isinstance(value, Given):
+        return type(value), value
+    labels = value.labels
+    tainted = None if labels is None else (labels.shape, (labels.numpy() >= TAINT).tobytes())
+    return value.shape, value.stride, value.dtype, value.device, tainted
+
+
+def _made(values: Any, bases: list[Tensor], tracer: Tracer) -> Any:
+    """Arguments: zeros with labels of their own in place of tensors that have some."""
     made: list[Any] = []
     for value in values:
         if isinstance(value, Given):
@@ -194,36 +227,92 @@ def _made(values: Any, channel_of: Ints, channels: Tensor, tracer: Tracer) -> An
             x = torch.zeros(room, dtype=value.dtype, device=value.device)
             x = x.as_strided(value.shape, value.stride)
             if value.labels is not None:
-                found = torch.from_numpy(channel_of[plain(value.labels).numpy()])
-                tracer.set(x, channels[found] | value.labels & TAINT)  # -1 is the last one
+                bases.append(tracer.labels.new(value.labels.numel()).view(value.labels.shape))
+                tracer.set(x, bases[-1] | value.labels & TAINT)
             made.append(x)
         elif type(value) in (list, tuple):
-            made.append(type(value)(_made(value, channel_of, channels, tracer)))
+            made.append(type(value)(_made(value, bases, tracer)))
         else:
             made.append(value)
     return made
 
 
-def _told(
-    known: list[tuple[Tensor, Ints]],
-    gone: np.ndarray[Any, np.dtype[np.bool_]],
-    used: list[Tensor],
-    tracer: Tracer,
-) -> Ints | None:
-    """For every label whether it stays, if all that are used are united with known ones."""
-    root, frozen = tracer.labels.resolve()
-    labels = np.concatenate([root[plain(found).numpy()] for found, _ in known])
-    goes = np.concatenate([gone[channels] for _, channels in known])
-    state = np.full(tracer.labels.count, -1, dtype=np.int64)
-    state[labels[goes]] = 0
-    stays = np.concatenate([labels[~goes], np.fromiter(frozen, dtype=np.int64)])
-    if (state[stays] == 0).any():
-        return None
-    state[stays] = 1
-    if any((state[root[plain(found).numpy()]] < 0).any() for found in used):
-        return None
-    alive: Ints = state[root]
-    return np.abs(alive)
+class _Told:
+    """What the labels of modules that ran alone say of channels."""
+
+    def __init__(self, tracer: Tracer, graph: Graph, gone: NDArray[np.bool_]) -> None:
+        self._root, frozen = tracer.labels.resolve()
+        self._frozen = np.fromiter(frozen, dtype=np.int64)
+        self._along, self._graph, self._gone = tracer.along, graph, gone
+
+    def of(
+        self,
+        name: str,
+        ran: str,
+        entry: list[Any],
+        shown: Mapping[str, Record],
+        bases: list[Tensor],
+        used: set[str],
+        records: Records,
+    ) -> bool:
+        """Add the records of a module whose program ran, or of one that is like it.
+
+        Args:
+            name: the module.
+            ran: the one that ran.
+            entry: what the module was called with.
+            shown: the records of the one that ran, and of those within it.
+            bases: labels of its arguments.
+            used: names of tensors that it used.
+            records: gets the records.
+
+        Returns:
+            Whether all labels in them are united with labels of known channels.
+        """
+        graph = self._graph
+
+        def moved(there: str) -> str:
+            return there if name == ran else name + there[len(ran) :]
+
+        if name != ran and not all(tensor.startswith(f"{ran}.") for tensor in used):
+            return False
+        labels = [x.labels for x in entry if isinstance(x, Given) and x.labels is not None]
+        known = [
+            (base, graph.channel_of[plain(found).numpy()])
+            for base, found in zip(bases, labels, strict=True)
+        ]
+        for (tensor, dim), found in self._along.items():
+            channels = graph.channels.get((moved(tensor), dim))
+            if tensor in used and channels is not None:
+                known.append((found, channels))
+        wanted = [x for record in shown.values() for x in record.labels.values()]
+        alive = self._alive(known, wanted)
+        if alive is None:
+            return False
+        for inner, record in shown.items():
+            views = {
+                node: dataclasses.replace(view, name=moved(view.name))
+                for node, view in record.views.items()
+            }
+            copied = Record(labels=dict(record.labels), values=record.values, views=views)
+            records[moved(inner)] = copied, alive
+        return True
+
+    def _alive(self, known: list[tuple[Tensor, Ints]], wanted: list[Tensor]) -> Ints | None:
+        """For every label whether it stays, if all that are wanted are united with known ones."""
+        root, state = self._root, np.full(self._root.size, -1, dtype=np.int64)
+        empty = np.empty(0, dtype=np.int64)
+        labels = np.concatenate([empty, *(root[x.numpy()].reshape(-1) for x, _ in known)])
+        goes = self._gone[np.concatenate([empty, *(c.reshape(-1) for _, c in known)])]
+        state[labels[goes]] = 0
+        stays = np.concatenate([labels[~goes], self._frozen])
+        if (state[stays] == 0).any():
+            return None
+        state[stays] = 1
+        if any((state[root[plain(found).numpy()]] < 0).any() for found in wanted):
+            return None
+        alive: Ints = np.abs(state[root])
+        return alive
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -175,3 +175,29 @@ def test_programs_that_say_the_same_share_their_code_alone() -> None:
     assert torch.equal(second(x), kept)
     second.recompile()
     assert torch.equal(second(x), kept)
+
+
+class _Counted(nn.Conv2d):
+    """Notes that it runs."""
+
+    runs: ClassVar[list[nn.Module]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs.append(self)
+        return super().forward(x)
+
+
+def test_modules_that_are_alike_run_once() -> None:
+    def part() -> nn.Module:
+        return Net(FIXED["split by size"], one=_Counted(8, 8, 3, padding=1))
+
+    model = randomise(nn.Sequential(conv(3, 8), part(), part(), conv(8, 8), part(), head(8)))
+    plan = psap.plan(psap.trace(model, image()), ratio=0.5, score="random", seed=5)
+    kept = {side.kept for side in plan.sides if side.name.endswith("one.weight") and not side.dim}
+    assert len(kept) == 3
+    _Counted.runs.clear()
+    alone = _programs(model, plan)
+    assert _Counted.runs == [model[1].one]
+    assert list(alone) == ["1", "2", "4"] and alone["1"] != alone["2"]
+    assert alone == _programs(model, plan, IMAGE)
+    assert_exact(model, plan, psap.apply(model, plan, mode="graph").model, IMAGE)
