@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,9 @@ def alone(tmp_path: Path) -> Iterator[nn.parallel.DistributedDataParallel]:
     distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield nn.parallel.DistributedDataParallel(Chain())
     distributed.destroy_process_group()
+    # The group goes with the last reference to the model, and then waits for its threads with the
+    # GIL held, which a thread that lets go of its last work needs: leave them the time for it.
+    time.sleep(0.1)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of torch.compile(ddp)
