@@ -78,7 +78,7 @@ def _cell(found: list[Row], suite: str, method: str, keep: float) -> str:
 
 
 def draw(found: list[Row]) -> str:
-    """The picture as SVG text: a panel per setting.
+    """The picture as SVG text: a panel per setting that has several budgets.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -86,7 +86,7 @@ def draw(found: list[Row]) -> str:
     """
     if not found:
         raise ValueError("no rows of accuracy: run `python -m benchmarks accuracy`")
-    names = suites(found)
+    names = [n for n in suites(found) if any(len(p) > 1 for p in means(found, n).values())]
 
     def fill(panels: Any) -> None:
         for axes, name in zip(panels, names, strict=True):
