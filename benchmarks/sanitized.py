@@ -17,8 +17,8 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SHAPES = ((7,), (3, 33), (16, 8, 3, 3), (5, 3, 1, 1), (2, 65, 3, 3), (1, 1030))
 
 
-def inputs(dtype: torch.dtype, device: str) -> list[Tensor]:
-    """Tensors that are odd, channels_last, strided and off any alignment."""
+def inputs(dtype: torch.dtype) -> list[Tensor]:
+    """On the CPU, tensors that are odd, channels_last, strided and off any alignment."""
     found = [torch.randn(shape).to(dtype) for shape in SHAPES]
     found.append(found[2].to(memory_format=torch.channels_last))
     found.append(torch.randn(4, 18).to(dtype)[:, ::2])
@@ -26,23 +26,24 @@ def inputs(dtype: torch.dtype, device: str) -> list[Tensor]:
     # Filters of two pieces; positive, so that no digits cancel. Zeros of a pruned tensor.
     found.append(torch.rand(2, 33_000).to(dtype))
     found[-1][0] = 0
-    return [moved(tensor, device) for tensor in found]
+    return found
 
 
 def moved(tensor: Tensor, device: str) -> Tensor:
-    """The same on the device, with the memory around it: nothing but a copy has written there.
+    """A copy on the device, with the memory around it: nothing else has written there.
 
     initcheck watches our kernels alone, and what another kernel writes counts as never written.
     """
     length = tensor.untyped_storage().nbytes() // tensor.element_size()
-    whole = tensor.as_strided((length,), (1,), 0).to(device)
+    whole = tensor.as_strided((length,), (1,), 0).to(device, copy=True)
     return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def ops(dtype: torch.dtype, device: str) -> dict[str, list[Tensor]]:
     """The results of every op on the backend in force, in a fixed order, on the CPU."""
     torch.manual_seed(0)
-    w, plain = inputs(dtype, device), [t.contiguous() for t in inputs(dtype, "cpu")]
+    values, plain = inputs(dtype), [t.contiguous() for t in inputs(dtype)]
+    w, zeroed, restored = ([moved(t, device) for t in values] for _ in range(3))
     g = [moved(t, device) for t in plain]
     tau = torch.full((len(w),), 0.5).to(device)
     stats = psap_kernels.layer_stats(w, g, tau=tau, per_input=True)
@@ -54,10 +55,6 @@ def ops(dtype: torch.dtype, device: str) -> dict[str, list[Tensor]]:
     rows = [torch.arange(0, len(t), 2).to(device) for t in w]
     columns = [torch.arange(0, t.shape[1], 2).to(device) if t.dim() > 1 else None for t in w]
     keep = [(torch.arange(len(t)) % 2 == 0).to(device) for t in w]
-    torch.manual_seed(0)
-    zeroed = inputs(dtype, device)
-    torch.manual_seed(0)
-    restored = inputs(dtype, device)
     psap_kernels.zero_filters_(zeroed, keep)
     saved = [t[::2].to(device) for t in plain]
     psap_kernels.restore_filters_(restored, rows, saved)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -60,8 +60,7 @@ def plain(bound: inspect.BoundArguments | None) -> dict[str, Any]:
 def examples(model: nn.Module) -> Iterator[dict[str, dict[str, Any]]]:
     """Arguments of the first call of every module that are plain values, or tensors (as meta)."""
     given: dict[str, dict[str, Any]] = {}
-    handles = []
-    try:
+    with ExitStack() as hooks:
         for name, module in model.named_modules():
 
             def note(m: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
@@ -78,12 +77,9 @@ def examples(model: nn.Module) -> Iterator[dict[str, dict[str, Any]]]:
                 if isinstance(out, Tensor) and name in given:
                     given[name].setdefault("()", _on_meta(out))
 
-            handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
-            handles.append(module.register_forward_hook(note_result))
+            hooks.enter_context(module.register_forward_pre_hook(note, with_kwargs=True))
+            hooks.enter_context(module.register_forward_hook(note_result))
         yield given
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _on_meta(x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,24 +46,20 @@ def glimpses(model: nn.Module, dense: nn.Module) -> Iterator[list[Glimpse]]:
     """
     found: list[Glimpse] = []
     leaves = {n: m for n, m in dense.named_modules() if not m._modules}
-    handles = []
-    for name, module in model.named_modules():
-        leaf = leaves.get(name)
-        if leaf is not None:
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            leaf = leaves.get(name)
+            if leaf is not None:
 
-            def note(
-                _: nn.Module, __: Any, out: Any, n: str = name, leaf: nn.Module = leaf
-            ) -> None:
-                with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
-                    if glimpse := _glimpse(n, leaf, out):
-                        found.append(glimpse)
+                def note(
+                    _: nn.Module, __: Any, out: Any, n: str = name, leaf: nn.Module = leaf
+                ) -> None:
+                    with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+                        if glimpse := _glimpse(n, leaf, out):
+                            found.append(glimpse)
 
-            handles.append(module.register_forward_hook(note))
-    try:
+                hooks.enter_context(module.register_forward_hook(note))
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _glimpse(name: str, module: nn.Module, out: Any) -> Glimpse | None:

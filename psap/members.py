@@ -46,6 +46,12 @@ def named_tensors(
     return _named(held, "_parameters"), _named(held, "_buffers")
 
 
+def all_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters, then the buffers, by name."""
+    parameters, buffers = named_tensors(model)
+    return {**parameters, **buffers}
+
+
 def _named(held: list[tuple[str, nn.Module]], kind: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     seen: set[int] = set()

@@ -17,7 +17,7 @@ from psap.cost import KINDS, Budget, Cost, CostModel, LayerCost
 from psap.errors import ArgumentError, ArgumentTypeError, TargetError
 from psap.graph import Graph
 from psap.graph.parts import part
-from psap.members import named_tensors
+from psap.members import all_tensors, named_tensors
 from psap.plandiff import PlanDiff, diff
 
 if TYPE_CHECKING:
@@ -174,8 +174,7 @@ class Plan:
 
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 over the names and shapes of all parameters and buffers."""
-    parameters, buffers = named_tensors(model)
-    named = [*parameters.items(), *buffers.items()]
+    named = all_tensors(model).items()
     text = "\n".join(f"{name} {tuple(tensor.shape)}" for name, tensor in named)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -315,8 +314,7 @@ def nothing_to_prune(graph: Graph) -> TargetError:
 
 
 def _require_fresh(graph: Graph) -> None:
-    parameters, buffers = named_tensors(graph.model)
-    tensors = {**parameters, **buffers}
+    tensors = all_tensors(graph.model)
     for name, shape in graph.shapes.items():
         if name not in tensors or tuple(tensors[name].shape) != tuple(shape):
             now = f"has shape {tuple(tensors[name].shape)}" if name in tensors else "is gone"

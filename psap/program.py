@@ -60,11 +60,9 @@ def program(
         VerificationError: no module with fixed sizes can be made a program.
     """
     cast = _cast(model, inputs)
-    dense: dict[str, fx.GraphModule] = {}
     failures: list[str] = [] if notes is None else notes
     opened = openings(model, plan, cast, lambda tracer: living(tracer, plan))
-
-    dense.update(_traced(model, opened, cast, failures))
+    dense = _traced(model, opened, cast, failures)
     same = plan.graph is not None and inputs is plan.graph.inputs
     records = recorded(model, dense, cast, plan, alone=same)
     small = small_copy(model, plan)

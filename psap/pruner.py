@@ -313,12 +313,12 @@ class Pruner:
         if self._step < self.config.prune_steps:
             warn_due(self.config.prune_steps - self._step, self.config.prune_steps)
         self._catch_up()
-        whole = self._lineage.plan(self._alive)
+        whole, friends = self._lineage.plan(self._alive), (*self._friends, *listed(friends))
         result = apply(
             self.graph.model,
             self._lineage.step(self._alive),
             optimizer=self._optimizer if keep else None,
-            friends=(friends := (*self._friends, *listed(friends))),
+            friends=friends,
             check=self.config.verify,
             inplace=inplace,
         )

@@ -23,7 +23,7 @@ from psap.graph.counting import Given
 from psap.graph.labels import TAINT, Ints, plain
 from psap.graph.rules import RULES
 from psap.graph.trace import Tracer, following, run
-from psap.members import named_tensors
+from psap.members import all_tensors
 from psap.openings import removed
 from psap.plans import Plan
 from psap.sizes import Record
@@ -114,7 +114,7 @@ def recorded(
         plan: the plan.
         alone: whether ``inputs`` are those of the plan's trace, so that what it saw may do.
     """
-    shapes = {name: tuple(t.shape) for found in named_tensors(model) for name, t in found.items()}
+    shapes = {name: tuple(t.shape) for name, t in all_tensors(model).items()}
     records = _replayed(model, dense, plan) if alone else None
     if records is None:
         tracer, recorders = _recorders(model, dense)

@@ -7,7 +7,7 @@ bias; behind a few of them nothing of the input is left, and two networks look t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -23,9 +23,13 @@ Moments = dict[str, tuple[Tensor, Tensor]]
 def settling(model: nn.Module, active: bool) -> Iterator[Moments]:
     """Let every batch norm take statistics near those of its first input, while the block runs."""
     found: Moments = {}
-    handles = []
-    for name, module in model.named_modules() if active else ():
-        if isinstance(module, nn.modules.batchnorm._NormBase) and module.running_var is not None:
+    norms = [
+        (name, module)
+        for name, module in (model.named_modules() if active else ())
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.running_var is not None
+    ]
+    with ExitStack() as hooks:
+        for name, module in norms:
 
             def note(m: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
                 x = args[0] if args else None
@@ -34,12 +38,8 @@ def settling(model: nn.Module, active: bool) -> Iterator[Moments]:
                         found[name] = _moments(x)
                         _settle(m, *found[name])
 
-            handles.append(module.register_forward_pre_hook(note))
-    try:
+            hooks.enter_context(module.register_forward_pre_hook(note))
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def settle(

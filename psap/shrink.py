@@ -18,7 +18,7 @@ from psap.commit import commit
 from psap.errors import ArgumentError, ArgumentTypeError, VerificationError
 from psap.graph.groups import no_collection
 from psap.graph.inputs import as_inputs, check_model
-from psap.members import named_modules, named_tensors
+from psap.members import all_tensors, named_modules
 from psap.plans import Plan, fingerprint
 from psap.program import program
 from psap.ranks import Ranks
@@ -63,7 +63,7 @@ def check_plan(model: nn.Module, plan: Plan) -> nn.Module:
     model = check_model(model)
     if not isinstance(plan, Plan):
         raise ArgumentTypeError(f"plan is a {type(plan).__name__}; pass what psap.plan returned")
-    tensors = _tensors(model)
+    tensors = all_tensors(model)
     for side in plan.sides:
         tensor = tensors.get(side.name)
         if tensor is None:
@@ -82,11 +82,6 @@ def check_plan(model: nn.Module, plan: Plan) -> nn.Module:
             "make a new plan with psap.plan(psap.trace(model, example_inputs), ...)"
         )
     return model
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    parameters, buffers = named_tensors(model)
-    return {**parameters, **buffers}
 
 
 def gather(tensor: Tensor, kept: Mapping[int, tuple[int, ...]]) -> Tensor:
@@ -161,7 +156,7 @@ def mask(model: nn.Module, plan: Plan) -> nn.Module:
 @torch.no_grad()
 def zero_(model: nn.Module, plan: Plan) -> None:
     """Set what makes the plan's pruned channels to exact zero, in place."""
-    tensors = _tensors(model)
+    tensors = all_tensors(model)
     targets, keeps = [], []
     for side in plan.sides:
         if side.role in ("out", "cut"):
@@ -181,7 +176,7 @@ def small_copy(model: nn.Module, plan: Plan) -> nn.Module:
     and their names; shared ones stay shared; module attributes such as ``in_channels`` follow.
     """
     kept = plan.kept()
-    tensors = _tensors(model)
+    tensors = all_tensors(model)
     sides = [kept.get(name, {}) for name in tensors]
     grads = [(at, t.grad) for at, t in enumerate(tensors.values()) if t.grad is not None]
     parts = gather_all(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -47,16 +47,17 @@ def require_same(
     gone = [name for name in kinds if name not in now]
     if gone:
         raise StateError(f"the buffer {gone[0]} is gone; put it back, or make a new Pruner")
-    kinds = {name: dtype for name, dtype in kinds.items() if now[name].dtype != dtype}
-    for name, dtype in kinds.items():
+    cast = [name for name, dtype in kinds.items() if now[name].dtype != dtype]
+    if cast:
+        name, before = cast[0], kinds[cast[0]]
         raise StateError(
-            f"{name} was {dtype} when its channels were pruned and is {now[name].dtype} now"
-            f"{_more(kinds)}, which what psap saved of it does not fit. Go back with "
-            f"model.to({dtype}); convert a model before its Pruner is made, or after finish(), and "
-            "train in lower precision with torch.autocast"
+            f"{name} was {before} when its channels were pruned and is {now[name].dtype} now"
+            f"{_more(cast)}, which what psap saved of it does not fit. Go back with "
+            f"model.to({before}); convert a model before its Pruner is made, or after finish(), "
+            "and train in lower precision with torch.autocast"
         )
 
 
-def _more(names: Iterable[str]) -> str:
-    count = len(list(names)) - 1
+def _more(names: Sequence[str]) -> str:
+    count = len(names) - 1
     return f" (and so for {count} more)" if count else ""
