@@ -58,7 +58,16 @@ def replacing(path: Path_) -> Iterator[Path]:
             "choose another folder"
         ) from error
     finally:
+        _remove(room)
+
+
+def _remove(room: Path) -> None:
+    """Remove a folder, to the end even if an interrupt comes in the middle of it."""
+    try:
         shutil.rmtree(room, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(room, ignore_errors=True)
+        raise
 
 
 def _create(target: Path, temporary: Path) -> int:

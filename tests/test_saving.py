@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -260,3 +261,19 @@ def test_a_file_that_is_open_stays_what_it_was(tmp_path: Path) -> None:
             raise OSError(28, "No space left on device")
     assert bool((read_tree(tmp_path / "tree")["x"] == 0).all())
     assert os.listdir(tmp_path) == ["tree"]
+
+
+def test_an_interrupt_while_cleaning_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = shutil.rmtree, []
+
+    def interrupted(*arguments: Any, **options: Any) -> None:
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise KeyboardInterrupt("now")
+        real(*arguments, **options)
+
+    monkeypatch.setattr("psap.files.shutil.rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="now"):
+        atomic_write(tmp_path / "a", "text")
+    assert (tmp_path / "a").read_text() == "text"
+    assert os.listdir(tmp_path) == ["a"]
