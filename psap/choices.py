@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -56,6 +59,37 @@ def by_ratio(
             raise ArgumentError(f"ratio is {value!r}; pass the removed share, from 0 to below 1")
         widths.append(bound.nearest(bound.size - int(np.floor(value * bound.size + 1e-9))))
     return np.array(widths, dtype=np.int64)
+
+
+def floors(graph: Graph, wanted: Mapping[str, float]) -> scores.Floats:
+    """Least kept share of every group, float64 [groups], from shares by the names of layers.
+
+    Args:
+        graph: the channel graph.
+        wanted: shares by the name of a layer, of a module that holds it, or a pattern of names.
+
+    Raises:
+        ArgumentError: a name is that of no layer.
+    """
+    found = np.zeros(len(graph.groups))
+    layers = {within for name in graph.shapes for within in _within(name)}
+    for pattern, share in wanted.items():
+        if not any(fnmatchcase(layer, pattern) for layer in layers):
+            close = get_close_matches(pattern, sorted(layers), 3, 0.4)
+            raise ArgumentError(
+                f"floors names {pattern!r}, which is no layer of the model"
+                + (f"; near are {', '.join(close)}" if close else "")
+            )
+        for at, group in enumerate(graph.groups):
+            makers = {within for producer in group.producers for within in _within(producer)}
+            if any(fnmatchcase(maker, pattern) for maker in makers):
+                found[at] = max(found[at], share)
+    return found
+
+
+def _within(name: str) -> list[str]:
+    """A parameter, the layer that has it, and all modules around: "a.b.weight", "a.b", "a"."""
+    return list(accumulate(name.split("."), "{}.{}".format))
 
 
 def importances(

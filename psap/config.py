@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from psap.errors import ArgumentError, ArgumentTypeError
 Protect = Literal["gate", "price", "pulse", "none"]
 Schedule = Literal["cubic", "linear"]
 Adapt = Literal["sparsity", "uniform"]
+Threshold = Literal["std", "quantile"]
 
 
 def _real(owner: str, name: str, value: Any, low: float, high: float, wanted: str) -> None:
@@ -31,6 +33,22 @@ def _whole(owner: str, name: str, value: Any, low: int) -> None:
 def _choice(owner: str, name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ArgumentError(f"{owner}.{name} is {value!r}; pass one of {', '.join(allowed)}")
+
+
+def checked_floors(owner: str, value: Any) -> dict[str, float]:
+    """Least kept shares by name, as a dict of its own.
+
+    Raises:
+        ArgumentError: a share is outside [0, 1].
+        ArgumentTypeError: it is no mapping of names to numbers.
+    """
+    if not isinstance(value, Mapping):
+        raise ArgumentTypeError(f'{owner} is {value!r}; pass names and shares: {{"layer1": 0.5}}')
+    for name, share in value.items():
+        if not isinstance(name, str):
+            raise ArgumentTypeError(f"{owner} has the key {name!r}; pass the name of a layer")
+        _real(owner.rpartition(".")[0] or "plan", f"floors[{name!r}]", share, 0.0, 1.0, "in [0, 1]")
+    return dict(value)
 
 
 @called("psap.Target(macs=0.3)")
@@ -78,13 +96,19 @@ class Config:
         interval: one in this many `Pruner.step()` calls prunes.
         schedule: how the kept share falls over the prune steps.
         adapt: layer ratios from the weight sparsity ratio, or the same ratio everywhere.
-        sparsity_alpha: a weight is sparse if ``|w| < sparsity_alpha * std(layer)``.
+        threshold: when a weight counts as sparse. "std": if ``|w| < sparsity_alpha * std(layer)``;
+            "quantile": if ``|w| / sqrt(2 / fan_in)`` is below its quantile over all layers.
+        sparsity_alpha: the factor of threshold="std".
+        sparsity_quantile: q, the quantile of threshold="quantile".
         sparsity_power: exponent of the sparsity ratio in the pruning ratio.
         sparsity_ema: weight of the past in the moving average of the sparsity ratio.
         stream_power: rho; the pruning ratio of a group whose channels M layers make together (a
             residual stream) is divided by ``M ** rho``; 0 treats it like any other, at most 4.
         max_ratio: no group loses a larger share of its channels.
         min_channels: no group keeps fewer channels.
+        floors: least kept share of the channels that a layer makes, in [0, 1], by name: of a layer,
+            of a module that holds it, or a pattern such as ``"*.downsample"``; 1 leaves it whole.
+            Where several match, and where layers share their channels, the largest holds.
         round_to: kept widths are multiples of this where the group allows.
         score: importance of a filter, layer-normalised.
         protect: "gate" keeps saved copies behind an epsilon gate; "price" also supervises gradients
@@ -115,12 +139,15 @@ class Config:
     interval: int = 1
     schedule: Schedule = "cubic"
     adapt: Adapt = "sparsity"
+    threshold: Threshold = "std"
     sparsity_alpha: float = 0.5
+    sparsity_quantile: float = 0.5
     sparsity_power: float = 2.0
     sparsity_ema: float = 0.5
     stream_power: float = 0.5
     max_ratio: float = 0.9
     min_channels: int = 2
+    floors: Mapping[str, float] = field(default_factory=dict, hash=False)
     round_to: int = 1
     score: Literal["l1", "l2"] = "l2"
     protect: Protect = "gate"
@@ -149,7 +176,13 @@ class Config:
         for name in ("min_channels", "round_to"):
             _whole("Config", name, getattr(self, name), 1)
         share = "in [0, 1]"
-        for name in ("sparsity_ema", "max_ratio", "restore_share", "gate_eps"):
+        for name in (
+            "sparsity_quantile",
+            "sparsity_ema",
+            "max_ratio",
+            "restore_share",
+            "gate_eps",
+        ):
             _real("Config", name, getattr(self, name), 0.0, 1.0, share)
         not_negative = ("sparsity_alpha", "sparsity_power", "price_power")
         for name in (*not_negative, "z_threshold", "restore_bonus"):
@@ -159,7 +192,9 @@ class Config:
         for name in ("progressive", "verify"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ArgumentTypeError(f"Config.{name} is {value!r}; pass True or False")
+        object.__setattr__(self, "floors", checked_floors("Config.floors", self.floors))
         _choice("Config", "schedule", self.schedule, ("cubic", "linear"))
         _choice("Config", "adapt", self.adapt, ("sparsity", "uniform"))
+        _choice("Config", "threshold", self.threshold, ("std", "quantile"))
         _choice("Config", "protect", self.protect, ("gate", "price", "pulse", "none"))
         _choice("Config", "score", self.score, ("l1", "l2"))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from psap import choices, schedule, scores
 from psap.calling import called
-from psap.config import Config, Target
+from psap.config import Config, Target, checked_floors
 from psap.cost import KINDS, Budget, Cost, CostModel, LayerCost
 from psap.errors import ArgumentError, ArgumentTypeError, TargetError
 from psap.graph import Graph
@@ -233,6 +233,7 @@ def plan(
     score: Score | Mapping[str, Tensor] = "l2",
     round_to: int | Literal["measured"] = 1,
     min_channels: int = 1,
+    floors: Mapping[str, float] | None = None,
     seed: int = 0,
     latency: LatencyTable | None = None,
 ) -> Plan:
@@ -251,6 +252,7 @@ def plan(
         round_to: widths are multiples of this where the group is large enough; "measured" makes the
             small network for several of them and takes the fastest (`psap.rounding`).
         min_channels: no group keeps fewer.
+        floors: least kept share by the name of a layer, as in `Config`; 1 leaves it whole.
         seed: for score="random".
         latency: what `measure_latency` returned; for Target(latency=...), and for the cost in the
             plan.
@@ -270,6 +272,7 @@ def plan(
             target=target,
             score=score,
             min_channels=min_channels,
+            floors=floors,
             seed=seed,
             latency=latency,
         ).plan
@@ -280,7 +283,8 @@ def plan(
     cost = CostModel(graph, latency)
     tensors, _ = named_tensors(graph.model)
     sizes = [group.size for group in graph.groups]
-    bounds = schedule.limits(sizes, 1.0, min_channels, round_to)
+    least = choices.floors(graph, checked_floors("floors", floors or {}))
+    bounds = schedule.limits(sizes, 1.0, min_channels, round_to, least)
     stats = scores.measure(graph, tensors, 0.5, "l1" if score == "l1" else "l2")
     if ratio is not None:
         widths = choices.by_ratio(graph, ratio, bounds)
@@ -363,6 +367,6 @@ def require(cost: CostModel, widths: schedule.Ints, target: Target) -> None:
     bounds = ", ".join(f"{kind}={x}" for kind, x in vars(target).items() if x is not None)
     raise TargetError(
         f"Target({bounds}) cannot be met: the smallest network that these limits allow keeps "
-        f"{', '.join(kept[:-1])} and {kept[-1]}; raise the target, or lower min_channels, or raise "
-        "max_ratio"
+        f"{', '.join(kept[:-1])} and {kept[-1]}; raise the target, or lower min_channels or "
+        "floors, or raise max_ratio"
     )

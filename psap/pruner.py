@@ -196,8 +196,8 @@ class Pruner:
             self._cut(alive | self._fresh)
 
     def _measure(self) -> list[scores.GroupStats]:
-        kind = (self.config.sparsity_alpha, self.config.score)
-        return self._lineage.whole(scores.measure(self.graph, self.gates.weights(), *kind))
+        weights = self.gates.weights()
+        return self._lineage.whole(selection.measure(self.graph, weights, self.config))
 
     def _finalise(self) -> None:
         """The masks are final: erase the pruned channels and hold them at zero from now on."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from psap.errors import ArgumentError, ArgumentTypeError
@@ -47,6 +47,8 @@ class RunConfig:
             training is faster.
         stream_power: the ratio of a residual stream of M layers is divided by M to this power.
         min_channels: no group of channels becomes smaller.
+        floors: least kept share of the channels that a layer makes, by its name, that of a module
+            around it, or a pattern: --floors conv1 1.0 "layer3.*" 0.5.
         round_to: widths are multiples of this.
         lr: peak learning rate of SGD with Nesterov momentum. It decays by a cosine over the dense
             epochs, and again over all others.
@@ -85,6 +87,7 @@ class RunConfig:
     progressive: bool = False
     stream_power: float = 0.5
     min_channels: int = 2
+    floors: dict[str, float] = field(default_factory=dict)
     round_to: int = 1
     lr: float = 0.05
     lr_warmup: float = 1.0
@@ -175,6 +178,7 @@ class RunConfig:
             progressive=self.progressive,
             stream_power=self.stream_power,
             min_channels=self.min_channels,
+            floors=self.floors,
             round_to=self.round_to,
         )
 
@@ -207,7 +211,7 @@ MAY_CHANGE = ("out", "data_dir")
 def difference(before: dict[str, Any], now: RunConfig) -> str | None:
     """The first setting that a resumed run would change, in words; None if there is none."""
     for name, value in now.to_json().items():
-        was = before.get(name, getattr(RunConfig, name))  # it may be younger than the run
+        was = before.get(name, getattr(RunConfig, name, {}))  # it may be younger than the run
         if name not in MAY_CHANGE and was != value:
             return f"{name} was {was!r} and is {value!r}"
     return None

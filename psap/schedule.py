@@ -69,12 +69,17 @@ class Limits:
 
 
 def limits(
-    sizes: Sequence[int], max_ratio: float, min_channels: int, round_to: int
+    sizes: Sequence[int],
+    max_ratio: float,
+    min_channels: int,
+    round_to: int,
+    floors: Floats | None = None,
 ) -> list[Limits]:
-    """Bounds of every group: c_min, the largest ratio, and the multiple."""
+    """Bounds of every group: c_min, the largest ratio, the multiple, and kept shares [groups]."""
     bounds = []
-    for size in sizes:
-        floor = max(1, min_channels, int(np.ceil(size * (1 - max_ratio) - 1e-9)))
+    for at, size in enumerate(sizes):
+        share = 1 - max_ratio if floors is None else max(1 - max_ratio, float(floors[at]))
+        floor = max(1, min_channels, int(np.ceil(size * share - 1e-9)))
         bounds.append(
             Limits(size=size, floor=min(size, floor), quantum=min(size, round_to), most=size)
         )

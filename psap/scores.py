@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -63,7 +63,11 @@ def _rows(
 
 @torch.no_grad()
 def measure(
-    graph: Graph, tensors: Mapping[str, Tensor], alpha: float, score: Literal["l1", "l2"] = "l2"
+    graph: Graph,
+    tensors: Mapping[str, Tensor],
+    alpha: float,
+    score: Literal["l1", "l2"] = "l2",
+    quantile: float | None = None,
 ) -> list[GroupStats]:
     """Statistics of every group, from one pass over all weights per threshold.
 
@@ -72,6 +76,8 @@ def measure(
         tensors: the current parameters by name.
         alpha: a weight is sparse if ``|w| < alpha * std(layer)``.
         score: "l2" sums squares, "l1" absolute values.
+        quantile: a weight is sparse if it is below this quantile of all weights instead, each in
+            units of the standard deviation that He's initialisation gives its layer.
 
     Returns:
         One entry per group.
@@ -85,8 +91,9 @@ def measure(
     weights, owners = zip(*(_rows(graph, tensors, name) for name in names), strict=True)
     first = psap_kernels.layer_stats(weights)
     std = torch.nan_to_num(first.layer_std())
-    stats = psap_kernels.layer_stats(weights, tau=(alpha * std).float())
     _refuse_nonfinite(names, first)
+    tau = (alpha * std).float() if quantile is None else _common(weights, quantile, std)
+    stats = psap_kernels.layer_stats(weights, tau=tau)
     power = stats.weight_sq if score == "l2" else stats.weight_abs
     values, counts = power.double().cpu().numpy(), stats.below_tau.cpu().numpy()
     dead = (std == 0).cpu().numpy()
@@ -96,6 +103,13 @@ def measure(
         rows = [row[name] for name in group.producers]
         result.append(_group(group, rows, weights, owners, offsets, values, counts, dead))
     return result
+
+
+def _common(weights: Sequence[Tensor], quantile: float, like: Tensor) -> Tensor:
+    """Thresholds float32 [layers]: one quantile of ``|w| / he`` over all layers, times each he."""
+    fans = [max(1, weight[0].numel()) for weight in weights]
+    he = like.new_tensor([(2 / fan) ** 0.5 for fan in fans], dtype=torch.float32)
+    return he * psap_kernels.abs_quantile(weights, quantile, scales=1 / he)
 
 
 def _group(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+from torch import Tensor
 
-from psap import plans, schedule, scores
+from psap import choices, plans, schedule, scores
 from psap.config import Config, Target
 from psap.cost import Budget, CostModel
 from psap.gates import Bools, Floats
@@ -29,10 +30,24 @@ def require_target(graph: Graph, cost: CostModel, config: Config) -> None:
 
 
 def bounds(graph: Graph, config: Config) -> list[schedule.Limits]:
-    """The limits of every group of a dense network."""
+    """The limits of every group of a dense network.
+
+    Raises:
+        ArgumentError: a floor names no layer of the model.
+    """
     return schedule.limits(
-        [g.size for g in graph.groups], config.max_ratio, config.min_channels, config.round_to
+        [g.size for g in graph.groups],
+        config.max_ratio,
+        config.min_channels,
+        config.round_to,
+        choices.floors(graph, config.floors),
     )
+
+
+def measure(graph: Graph, weights: Mapping[str, Tensor], config: Config) -> list[scores.GroupStats]:
+    """Statistics of every group, as `psap.scores.measure` with what the configuration says."""
+    quantile = config.sparsity_quantile if config.threshold == "quantile" else None
+    return scores.measure(graph, weights, config.sparsity_alpha, config.score, quantile)
 
 
 def widths(

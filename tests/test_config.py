@@ -27,12 +27,15 @@ def test_defaults_are_those_of_the_method() -> None:
         "interval": 1,
         "schedule": "cubic",
         "adapt": "sparsity",
+        "threshold": "std",
         "sparsity_alpha": 0.5,
+        "sparsity_quantile": 0.5,
         "sparsity_power": 2.0,
         "sparsity_ema": 0.5,
         "stream_power": 0.5,
         "max_ratio": 0.9,
         "min_channels": 2,
+        "floors": {},
         "round_to": 1,
         "score": "l2",
         "protect": "gate",
@@ -125,10 +128,10 @@ def test_a_target_needs_a_bound() -> None:
         psap.Target()
 
 
-SHARES = ("sparsity_ema", "max_ratio", "restore_share", "gate_eps")
+SHARES = ("sparsity_quantile", "sparsity_ema", "max_ratio", "restore_share", "gate_eps")
 REALS = ("sparsity_alpha", "sparsity_power", "price_power", "z_threshold", "restore_bonus")
 COUNTS = ("prune_steps", "interval", "window", "min_channels", "round_to")
-CHOICES = ("schedule", "adapt", "protect", "score")
+CHOICES = ("schedule", "adapt", "threshold", "protect", "score")
 
 REFUSED: list[tuple[str, Any, type[Exception]]] = [
     *[(n, v, psap.ArgumentError) for n in SHARES for v in (-0.1, 1.1, math.nan, math.inf)],
@@ -142,6 +145,7 @@ REFUSED: list[tuple[str, Any, type[Exception]]] = [
     *[("target", v, psap.ArgumentTypeError) for v in (0.5, None, {"macs": 0.5})],
     *[("stream_power", v, psap.ArgumentError) for v in (-0.1, 4.1, math.nan, math.inf)],
     *[("stream_power", v, psap.ArgumentTypeError) for v in ("1", None, True)],
+    *[("floors", v, psap.ArgumentTypeError) for v in (0.5, None, ["conv1"], "conv1")],
     *[("verify", v, psap.ArgumentTypeError) for v in ("no", None, 1)],
 ]
 
@@ -159,3 +163,23 @@ def test_values_that_are_refused(name: str, value: Any, error: type[Exception]) 
 def test_the_ends_of_the_ranges_are_allowed(name: str) -> None:
     for value in (0, 0.0, 1, 1.0):
         assert getattr(psap.Config(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [({"a": 1.5}, psap.ArgumentError, r"Config.floors\['a'\] is 1.5; pass a number in \[0, 1\]"),
+     ({"a": math.nan}, psap.ArgumentError, r"Config.floors\['a'\] is nan; pass a number"),
+     ({"a": True}, psap.ArgumentTypeError, r"Config.floors\['a'\] is True; pass a number"),
+     ({3: 0.5}, psap.ArgumentTypeError, "Config.floors has the key 3; pass the name of a layer")],
+)  # fmt: skip
+def test_floors_that_are_refused(value: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        psap.Config(floors=value)
+
+
+def test_floors_are_a_copy() -> None:
+    mine = {"layer1": 0.5}
+    config = psap.Config(floors=mine)
+    mine["layer1"] = 0.1
+    assert config.floors == {"layer1": 0.5}
+    assert hash(config) == hash(dataclasses.replace(config)) and config != psap.Config()

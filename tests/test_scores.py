@@ -64,6 +64,43 @@ def test_sparsity_counts_weights_below_the_threshold() -> None:
             assert stats.sparsity == stats.sparse / stats.elements
 
 
+@pytest.mark.parametrize("quantile", [0.2, 0.5, 0.9])
+@pytest.mark.parametrize("name", ["residual", "grouped", "transposed", "depthwise, multiplier 3"])
+def test_a_quantile_over_all_layers_may_be_the_threshold(name: str, quantile: float) -> None:
+    """Weights in units of He's standard deviation of their layer, of which a share is sparse."""
+    graph = psap.trace(randomise(CASES[name].make()), CASES[name].inputs)
+    tensors = dict(graph.model.named_parameters())
+    producers = list(dict.fromkeys(n for group in graph.groups for n in group.producers))
+    units = {}
+    for producer in producers:
+        outward = next(d for d in (0, 1) if graph.roles.get((producer, d)) == "out")
+        weight = tensors[producer].detach().movedim(outward, 0)
+        units[producer] = weight.abs().double() / (2 / weight[0].numel()) ** 0.5
+    everything = np.concatenate([u.flatten().numpy() for u in units.values()])
+    tau = np.quantile(everything, quantile, method="inverted_cdf")
+    found = scores.measure(graph, tensors, 0.5, "l2", quantile)
+    for group, stats in zip(graph.groups, found, strict=True):
+        if len(group.producers) == 1 and group.size == units[group.producers[0]].shape[0]:
+            below = int((units[group.producers[0]] < tau).sum())
+            assert abs(stats.sparse - below) <= 1  # a weight on the edge, in float32
+    counted = sum(s.sparse for s in found) / sum(s.elements for s in found)
+    assert counted == pytest.approx(quantile, abs=0.02)
+
+
+def test_layers_of_one_spread_are_told_apart_by_a_quantile_alone() -> None:
+    """The std threshold does not see a layer's scale; the quantile does."""
+    model = randomise(chain(16, 16))
+    with torch.no_grad():
+        model[0].weight.normal_(0, 0.1)
+        model[3].weight.normal_(0, 0.1 * (27 / 144) ** 0.5 / 2)  # half of the other, by its fan
+    graph = psap.trace(model, image())
+    one, two = (s.sparsity for s in _measure(graph))
+    assert one == pytest.approx(two, abs=0.05)
+    tensors = dict(graph.model.named_parameters())
+    one, two = (s.sparsity for s in scores.measure(graph, tensors, 0.5, "l2", 0.5))
+    assert two > one + 0.2
+
+
 def test_a_dead_layer_is_wholly_sparse_and_a_constant_one_not_at_all() -> None:
     model = randomise(chain(8, 6))
     with torch.no_grad():
