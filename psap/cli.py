@@ -138,7 +138,7 @@ def inspect(*, arch: str, num_classes: int = 10, input: str | None = None) -> in
     example = _zeros(input or _default(arch))
     model = create(arch, num_classes=num_classes, in_channels=example.shape[1])
     with _naming_input():
-        graph = psap.trace(model, example, gated=True)  # what a run can prune
+        graph = psap.trace(model, example)
     console = Console()
     console.print(*_groups(graph), sep="\n")
     return 0

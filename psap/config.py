@@ -125,7 +125,10 @@ class Config:
             while it is pruned, so that the rest of the training is faster: after each prune step
             (or its window) those that were pruned at an earlier one; after the last one, all. What
             is removed cannot return. Copies of the model (an EMA) must be passed as ``friends``, or
-            they no longer fit it. Not inside of ``DistributedDataParallel``.
+            they no longer fit it. Implies ``gated``. Not inside of ``DistributedDataParallel``.
+        gated: prune only what every module can lose while it stays what it is, as in `psap.trace`:
+            not, for example, channels that a layer norm counts, for which programs with slower
+            norms take the place of modules.
         verify: prove shrunk == masked in float64 before channels are removed.
 
     Raises:
@@ -159,6 +162,7 @@ class Config:
     restore_share: float = 0.1
     restore_bonus: float = 0.3
     progressive: bool = False
+    gated: bool = False
     verify: bool = True
 
     @property
@@ -189,7 +193,7 @@ class Config:
             _real("Config", name, getattr(self, name), 0.0, 1e6, ">= 0")
         _real("Config", "stream_power", self.stream_power, 0.0, 4.0, "in [0, 4]")
         _real("Config", "price_limit", self.price_limit, 1.0, 1e6, ">= 1")
-        for name in ("progressive", "verify"):
+        for name in ("progressive", "gated", "verify"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ArgumentTypeError(f"Config.{name} is {value!r}; pass True or False")
         object.__setattr__(self, "floors", checked_floors("Config.floors", self.floors))

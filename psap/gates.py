@@ -24,7 +24,7 @@ from torch import Tensor
 import psap_kernels
 from psap.errors import StateError
 from psap.graph import Graph, Side
-from psap.places import Places, Terms, block, owners_of
+from psap.places import Places, Terms, block, owners_of, scales
 from psap.steady import require_same
 
 Bools = NDArray[np.bool_]
@@ -64,12 +64,14 @@ class Gates:
         self._first = next(iter(self.parameters.values()))
         self._weights = {call.weight for call in graph.calls}
         self.makers = [
-            side for side, role in graph.roles.items() if role == "out" and self._lives(side)
+            side
+            for side, role in graph.roles.items()
+            if role in ("out", "cut") and self._lives(side)
         ]
         self.states = [
             side for side, role in graph.roles.items() if role == "state" and self._lives(side)
         ]
-        self.gates = [side for side in self.makers if self._scales(side[0])]
+        self.gates = [s for s in self.makers if s[0] in self.parameters and scales(graph, s)]
         self._gates = Places(self.parameters, self.owners, self.gates)
         self._device = self.device
         self.saved = {}
@@ -77,17 +79,6 @@ class Gates:
 
     def _lives(self, side: Side) -> bool:
         return bool((self.graph.channels[side] >= 0).any())
-
-    def _scales(self, name: str) -> bool:
-        """Whether a tensor scales its channels: affine pairs, or filters that no norm rescales."""
-        if name in self.graph.affine:
-            return True
-        weight = name if name in self._weights else f"{name.rpartition('.')[0]}.weight".lstrip(".")
-        return (
-            name in self.parameters
-            and weight in self._weights
-            and weight not in self.graph.normalised
-        )
 
     @property
     def device(self) -> torch.device:
@@ -145,13 +136,19 @@ class Gates:
 
     def weights(self) -> dict[str, Tensor]:
         """All parameters, with saved rows in the place of gated ones, for scores."""
-        result: dict[str, Tensor] = dict(self.parameters)
-        for name, dim in self.gates:
-            saved = self.saved.get((name, dim))
-            if saved is not None and name in self._weights:
-                whole = result[name] = self.parameters[name].detach().clone()
+        behind = dict.fromkeys(name for name, _ in self.gates if name in self._weights)
+        return {**self.parameters, **{name: self._opened(name) for name in behind}}
+
+    def _opened(self, name: str, but: int | None = None) -> Tensor:
+        """A parameter as if its gates were open, but for those along one dimension."""
+        holder, key = self.owners[name]
+        whole: Tensor = holder[key].detach()
+        for dim in range(whole.dim()):
+            saved = self._saved.get((name, dim))
+            if saved is not None and dim != but and (name, dim) in self._gates.sides:
+                whole = whole.clone()
                 psap_kernels.restore_filters_([whole.movedim(dim, 0)], [saved.rows], [saved.values])
-        return result
+        return whole
 
     # Closing and opening
 
@@ -198,7 +195,7 @@ class Gates:
         self._forget_plans()
         if rows.numel() == 0:
             return
-        tensor = self.front(side)
+        tensor = self._opened(side[0], but=side[1]).movedim(side[1], 0)
         rows = rows.to(tensor.device)
         values = psap_kernels.shrink([tensor], [rows])[0]
         if old is not None:

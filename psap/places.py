@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from psap.graph import Side
+from psap.graph import Graph, Side
 
 Ints = NDArray[np.int64]
 Owners = Mapping[str, tuple[dict[str, Any], str]]
@@ -93,3 +93,17 @@ def block(channels: Ints, pair: int, value_rows: Ints, grad_rows: Ints) -> Ints:
     """Rows of a table of terms: channel, pair, row of the value, row of the gradient."""
     owner = channels[grad_rows]
     return np.stack([owner, np.full_like(owner, pair), value_rows, grad_rows], axis=1)
+
+
+def scales(graph: Graph, side: Side) -> bool:
+    """Whether what a parameter holds on a side scales its channels, so that a gate lies there.
+
+    Filters that a norm rescales do not, nor does a bias that a batch norm subtracts.
+    """
+    name = side[0]
+    if graph.roles[side] == "cut":
+        return True
+    if any(call.weight == name for call in graph.calls):
+        return name not in graph.normalised
+    after = graph.normalised.get(f"{name.rpartition('.')[0]}.weight".lstrip("."), ())
+    return name in graph.affine or not any(norm in graph.affine for norm in after)

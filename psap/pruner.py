@@ -10,25 +10,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from psap import optim, plans, prices, scores, selection
+from psap import optim, prices, scores, selection
 from psap.calling import called
 from psap.config import Config
 from psap.errors import PsapError, StateError
 from psap.events import PruneEvent, WindowEvent, event_to_json
 from psap.friends import listed
 from psap.gates import Bools, Floats, Gates
-from psap.graph import Graph, trace
+from psap.graph import Graph
 from psap.hooktime import HookTime
 from psap.latency import LatencyTable
-from psap.lineage import Lineage
 from psap.protect import Window, check_trainable
+from psap.prunable import prunable
 from psap.pruner_state import (
     ARRAYS,
     COUNTERS,
     FINISHED,
     Pace,
     Pruned,
-    check_training,
     configured,
     prune_event,
     read_state,
@@ -94,16 +93,12 @@ class Pruner:
             check_trainable(model)
         self.config, self._friends = config, listed(friends)
         self._ranks = Ranks(model)
-        self.graph: Graph = trace(model, example_inputs, gated=True)
-        check_training(optimizer, self._friends, self.graph)
-        self._lineage = Lineage(self.graph, latency)
-        self.cost = self._lineage.cost
-        self._bounds = selection.bounds(self.graph, config)
-        selection.require_target(self.graph, self.cost, config)
         if config.progressive:
             require_progressive(self._ranks, keep_optimizer)
-        if config.verify:
-            apply(self.graph.model, plans.plan(self.graph, ratio=0.5))
+        self._lineage = prunable(model, example_inputs, config, latency, optimizer, self._friends)
+        self.graph: Graph = self._lineage.graph
+        self.cost = self._lineage.cost
+        self._bounds = selection.bounds(self.graph, config)
         self._optimizer = optimizer
         self.gates = Gates(self.graph, optimizer, config.closed)
         count = len(self.graph.group_of)

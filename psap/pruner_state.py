@@ -256,7 +256,7 @@ def check_training(optimizer: torch.optim.Optimizer, friends: Sequence[Any], gra
             "optimizer from model.parameters(); or pass the other optimizer to "
             "Pruner(friends=[...]); or freeze what shall stay with requires_grad_(False)",
             PsapWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

@@ -47,6 +47,7 @@ def test_defaults_are_those_of_the_method() -> None:
         "restore_share": 0.1,
         "restore_bonus": 0.3,
         "progressive": False,
+        "gated": False,
         "verify": True,
     }
 

@@ -11,7 +11,7 @@ from psap.graph.attention import product
 from psap.graph.common import along, channels_along, computed, first, freeze_all
 from psap.graph.labels import plain
 from psap.graph.trace import Args, Tracer, View
-from psap.graph.weights import standardises, tie_computed
+from psap.graph.weights import rescaled, standardises, tie_computed
 
 
 def _consume(t: Tracer, x: Tensor, dim: int, weight: Tensor, weight_dim: int, op: str) -> None:
@@ -249,5 +249,5 @@ def batch_norm(t: Tracer, a: Args, out: Any) -> None:
         t.affine.update(v.name for v in map(t.view, vectors[:2]) if v is not None)
         source = t.origin(x)
         if source is not None:
-            t.normalised.setdefault(source, set()).add(view.name)
+            rescaled(t, source, weight)
     t.set(y, labels)

@@ -66,7 +66,8 @@ class Graph:
         fixed_macs: MACs of products of activations, for the whole batch.
         products: MACs of such products for every channel of a group, for the whole batch.
         batch: size of the first dimension of the first input.
-        normalised: batch norm weights that follow a convolution directly, by its weight.
+        normalised: what scales the channels of a weight whose filters are rescaled: the batch norms
+            that follow directly, or the gain of standardised filters; by the name of the weight.
         affine: names of all affine parameters of batch norms.
         left_alone: the reason for every layer, or "layer (channels 0-3 of 8)", whose outputs cannot
             be pruned.

@@ -26,6 +26,12 @@ def tie_computed(t: Tracer, labels: Tensor | None, channels: Tensor, role: str) 
     t.labels.unite(labels, channels)
 
 
+def rescaled(t: Tracer, weight: str, gain: Any) -> None:
+    """Note that filters are rescaled, by a norm of what they make or of their own."""
+    view = t.view(gain) if isinstance(gain, Tensor) else None
+    t.normalised.setdefault(weight, set()).update([] if view is None else [view.name])
+
+
 def standardises(t: Tracer, a: Args, out: Tensor) -> bool:
     """Weight standardisation: a batch norm of filters, [1, O, rest], by their own statistics."""
     x, gain = a["input"], a["weight"]
@@ -41,6 +47,7 @@ def standardises(t: Tracer, a: Args, out: Tensor) -> bool:
     if a["bias"] is not None:
         t.freeze(channels, "standardised filters with a shift")
         freeze_all(t, "standardised filters with a shift", a["bias"])
+    rescaled(t, view.name, gain)
     t.set_view(out, replace(view, kind="standard"))
     t.closed = True
     return True
