@@ -86,7 +86,7 @@ def export(
     """
     import psap
     from psap.rebuilding import dense_factory, recorded_inputs
-    from psap.recipe import saved_plan
+    from psap.recipe import read_saved
 
     if not source.exists():
         raise FileError(
@@ -98,11 +98,12 @@ def export(
         settings = _settings(source)
         arch, num_classes = settings["arch"], settings["num_classes"]
         path = source / "small.safetensors"
-    plan = saved_plan(path)
+    saved = read_saved(path)
+    plan = saved.plan
     inputs = (_zeros(input),) if input else recorded_inputs(plan, path)
     channels = inputs[0].shape[1] if inputs[0].dim() > 1 else 1
     factory = dense_factory(plan, path, arch, num_classes=num_classes, in_channels=channels)
-    small = psap.load(path, factory)
+    small = saved.rebuild(factory)
     if out is None:
         out = path.with_suffix(f".{format}")
         out = out.with_stem("model") if source.is_dir() else out
@@ -370,8 +371,8 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 def _plan(path: Path) -> Plan:
     from psap.plans import Plan
-    from psap.recipe import saved_plan
+    from psap.recipe import read_saved
 
     if path.suffix == ".safetensors":
-        return saved_plan(path)
+        return read_saved(path).plan
     return Plan.from_json(_text(path / "plan.json" if path.is_dir() else path))

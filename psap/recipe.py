@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +87,49 @@ def _state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, aliases
 
 
+@dataclass(frozen=True)
+class Saved:
+    """What a file of `save` holds.
+
+    Attributes:
+        path: the file.
+        tensors: those of the small network, without repetitions.
+        mode: how it is made, "module" or "graph".
+        aliases: names of further tensors, and which of the others they are.
+        plan: which channels of the dense network it has.
+    """
+
+    path: Path_
+    tensors: Mapping[str, Tensor]
+    mode: Literal["module", "graph"]
+    aliases: Mapping[str, Any]
+    plan: Plan
+
+    def rebuild(self, factory: Callable[[], nn.Module]) -> nn.Module:
+        """The small network, as `load` gives it.
+
+        Raises:
+            FileError: the file is damaged or hostile.
+            ArgumentError: the recipe belongs to another architecture.
+            ArgumentTypeError: the factory makes no module.
+        """
+        dense = factory()
+        if not isinstance(dense, nn.Module):
+            raise ArgumentTypeError(
+                f"factory returned a {type(dense).__name__}; return the dense nn.Module"
+            )
+        try:
+            check_plan(dense, self.plan)
+        except ArgumentError as error:
+            raise ArgumentError(
+                f"factory() does not build the network that {self.path} was cut from: {error}"
+            ) from error
+        make = small_copy if self.mode == "module" else _program
+        small = make(dense, self.plan)
+        _fill(small, self.tensors, self.aliases, self.path)
+        return small
+
+
 def load(path: Path_, factory: Callable[[], nn.Module]) -> nn.Module:
     """Rebuild a small network from the dense architecture and a saved file.
 
@@ -106,43 +150,24 @@ def load(path: Path_, factory: Callable[[], nn.Module]) -> nn.Module:
         raise ArgumentTypeError(
             "factory must build the dense model, for example lambda: resnet20()"
         )
-    tensors, body, plan = _recipe(path)
-    mode, aliases = body["mode"], body["aliases"]
-    dense = factory()
-    if not isinstance(dense, nn.Module):
-        raise ArgumentTypeError(
-            f"factory returned a {type(dense).__name__}; return the dense nn.Module"
-        )
-    try:
-        check_plan(dense, plan)
-    except ArgumentError as error:
-        raise ArgumentError(
-            f"factory() does not build the network that {path} was cut from: {error}"
-        ) from error
-    small = small_copy(dense, plan) if mode == "module" else _program(dense, plan)
-    _fill(small, tensors, aliases, path)
-    return small
+    return read_saved(path).rebuild(factory)
 
 
-def saved_plan(path: Path_) -> Plan:
-    """The plan in a file that `save` wrote.
+def read_saved(path: Path_) -> Saved:
+    """Read a file that `save` wrote, once.
 
     Raises:
         FileError: the file is missing, damaged, hostile, or of another version.
     """
-    return _recipe(path)[2]
-
-
-def _recipe(path: Path_) -> tuple[dict[str, Tensor], dict[str, Any], Plan]:
-    """What is in a file: its tensors, its recipe and the plan in that."""
     tensors, body = read(path, "network saved by psap.save")
     _check_header(path, body, FORMAT, VERSION, "network saved by psap.save")
     if body.get("mode") not in ("module", "graph") or not isinstance(body.get("aliases"), dict):
         raise FileError(f"{path} is damaged: its recipe has no mode; save it again")
     try:
-        return tensors, body, Plan.from_json(json.dumps(body.get("plan")))
+        plan = Plan.from_json(json.dumps(body.get("plan")))
     except RecursionError as error:
         raise FileError(f"{path} is damaged: its plan is nested too deeply") from error
+    return Saved(path, tensors, body["mode"], body["aliases"], plan)
 
 
 def _program(dense: nn.Module, plan: Plan) -> nn.Module:

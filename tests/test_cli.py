@@ -16,6 +16,7 @@ from typing import Any
 
 import onnxruntime
 import pytest
+import safetensors
 import torch
 from rich.console import Console
 from torch import nn
@@ -123,6 +124,23 @@ def test_export_of_a_file(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         assert told in fails([*command, "--arch", "digits_resnet", *more], capsys)
     error = fails([*command, "--arch", "resnet20"], capsys)
     assert "names or shapes of parameters differ; pass --arch and --num-classes of" in error
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_export_reads_its_file_once(
+    whole: bool, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, before = [], safetensors.safe_open
+
+    def counted(path: Path, **options: Any) -> Any:
+        opened.append(path)
+        return before(path, **options)
+
+    monkeypatch.setattr(safetensors, "safe_open", counted)
+    file = run / "small.safetensors"
+    source = str(run if whole else file)
+    assert main(["export", source, "--format", "pt2", "--out", str(tmp_path / "a.pt2")]) == 0
+    assert opened == [file]
 
 
 def test_report_again(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
