@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from psap.errors import ArgumentError, ArgumentTypeError
-from psap.members import named_tensors
+from psap.members import named_modules, named_tensors
 
 
 def as_inputs(example_inputs: Any) -> tuple[Any, ...]:
@@ -43,7 +43,7 @@ def check_model(model: Any) -> nn.Module:
     Looks through ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel``.
 
     Raises:
-        ArgumentTypeError: it is no ``nn.Module``, or a scripted or sharded one.
+        ArgumentTypeError: it is no ``nn.Module``, or it, or a part of it, is scripted or sharded.
         ArgumentError: it has no parameters, lazy ones, or ones on several devices.
     """
     if not isinstance(model, nn.Module):
@@ -52,11 +52,16 @@ def check_model(model: Any) -> nn.Module:
     checked: nn.Module = inner if isinstance(inner, nn.Module) else model
     if isinstance(checked, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         checked = checked.module
-    if isinstance(checked, torch.jit.ScriptModule):
-        raise ArgumentTypeError(
-            "model is a ScriptModule; pass the eager nn.Module it was made from"
-        )
-    parameters, _ = named_tensors(checked)
+    held = named_modules(checked)
+    for name, module in held:
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ArgumentTypeError(
+                f"{name or 'model'} is a ScriptModule (of torch.jit.script or torch.jit.trace), "
+                f"which cannot be made smaller; {'put' if name else 'pass'} the eager nn.Module "
+                f"{'in its place that it' if name else 'that it'} was made from, and script the "
+                "small network"
+            )
+    parameters, _ = named_tensors(checked, held)
     if not parameters:
         raise ArgumentError("model has no parameters; there is nothing to prune")
     lazy = [n for n, p in parameters.items() if isinstance(p, nn.parameter.UninitializedParameter)]

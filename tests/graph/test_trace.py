@@ -111,10 +111,21 @@ def test_bad_arguments(model: Any, inputs: Any, kind: type[Exception], match: st
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
-def test_a_scripted_model_is_refused() -> None:
-    scripted = torch.jit.trace(chain(4).eval(), torch.zeros(1, 3, 8, 8))
-    with pytest.raises(psap.ArgumentTypeError, match="ScriptModule"):
-        psap.trace(scripted, torch.zeros(1, 3, 8, 8))
+@pytest.mark.parametrize("made", ["script", "trace"])
+def test_scripted_modules_are_refused_by_name(made: str) -> None:
+    inner, x = nn.Sequential(conv(8, 8), nn.ReLU()).eval(), torch.zeros(1, 8, 8, 8)
+    scripted = torch.jit.script(inner) if made == "script" else torch.jit.trace(inner, x)
+    told = "^model is a ScriptModule .*; pass the eager nn.Module that it was made from"
+    with pytest.raises(psap.ArgumentTypeError, match=told):
+        psap.trace(scripted, x)
+    net, y = nn.Sequential(conv(3, 8), nn.Sequential(nn.ReLU(), inner), conv(8, 4)), image().float()
+    plan = psap.plan(psap.trace(net, y), ratio=0.5)
+    net[1][1] = scripted
+    told = r"^1\.1 is a ScriptModule .*; put the eager nn.Module in its place"
+    with pytest.raises(psap.ArgumentTypeError, match=told):
+        psap.trace(net, y)
+    with pytest.raises(psap.ArgumentTypeError, match=told):
+        psap.apply(net, plan)
 
 
 def _scaled(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -142,16 +153,6 @@ def test_a_wrapper_that_adds_arguments_to_forward() -> None:
     model = randomise(Wrapped())
     plan = psap.plan(psap.trace(model, image()), ratio=0.5)
     assert_exact(model, plan, psap.apply(model, plan).model, (image(),))
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
-def test_a_part_that_torchscript_has_traced() -> None:
-    part = randomise(
-        Net(lambda m, x: x / (1 + m.c(x).mean(1, keepdim=True).square()), c=conv(3, 3))
-    )
-    model = randomise(nn.Sequential(torch.jit.trace(part, image()), chain(8)))
-    plan = psap.plan(psap.trace(model, image()), ratio=0.5)
-    assert plan.kept()["1.0.weight"]
 
 
 def test_two_devices_are_refused() -> None:
