@@ -75,7 +75,7 @@ def _summary(ours: dict[str, Row], theirs: dict[str, Row], kirigami: dict[str, R
         lines.append(f"* {library}: {'; '.join(found)}.")
     both = [n for n in ours if _kept(ours[n]) and theirs.get(n, {}).get("result") == "runs"]
     more = [
-        n + _narrowest(theirs[n])
+        n + _why(ours[n], theirs[n])
         for n in both
         if ours[n]["kept_parameters"] > theirs[n]["kept_parameters"] + 5e-4
     ]
@@ -96,12 +96,17 @@ def _summary(ours: dict[str, Row], theirs: dict[str, Row], kirigami: dict[str, R
     return "\n".join(lines) + "\n"
 
 
-def _narrowest(row: Row) -> str:
-    """What a peer left of a layer, if that is far less than the half that it was asked for."""
-    layer, before, after = row.get("narrowest", ("", 2, 1))
-    if after >= 0.4 * before:
-        return ""
-    return f" (where it leaves {after} of {before} filters of {layer}, though asked for half)"
+def _why(own: Row, peer: Row) -> str:
+    """What of a peer's smaller network is no better choice of the half that both were asked for."""
+    notes = []
+    layer, before, after = peer.get("narrowest", ("", 2, 1))
+    if after < 0.4 * before:
+        notes.append(
+            f"where it leaves {after} of {before} filters of {layer}, though asked for half"
+        )
+    if set(own["left_alone"].values()) == {"output of the model"}:
+        notes.append("psap leaves half of every layer but that of the output")
+    return f" ({'; '.join(notes)})" if notes else ""
 
 
 def _step(row: Row) -> float:

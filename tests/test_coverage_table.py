@@ -10,7 +10,7 @@ from benchmarks import coverage_table
 OURS = {
     "library": "psap", "result": "exact", "mode": "graph", "gated": False, "groups": 3,
     "kept_parameters": 0.3, "error": 2e-16, "forward_s": 0.1, "trace_s": 0.25, "plan_s": 0.05,
-    "apply_s": 0.1, "proof_s": 1.0,
+    "apply_s": 0.1, "proof_s": 1.0, "left_alone": {"head": "output of the model"},
 }  # fmt: skip
 THEIRS = {
     "library": "torch-pruning", "result": "runs", "kept_parameters": 0.28, "forward_s": 0.1,
@@ -32,17 +32,24 @@ def test_the_table_says_what_is_worse_and_why(tmp_path: Path) -> None:
         {"model": "timm/c", "library": "psap", "result": "refused", "reason": "E: no\nmore"},
         {"model": "timm/d", **OURS, "kept_parameters": 0.28},
         {"model": "timm/d", **THEIRS, "apply_s": -0.1},
+        {
+            "model": "timm/e",
+            **OURS,
+            "left_alone": {"a": "no rule for aten.b", "c": "output of the model"},
+        },
+        {"model": "timm/e", **THEIRS, "narrowest": ["layer.0", 64, 32]},
     ]
     source = tmp_path / "coverage.jsonl"
     source.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
     out = tmp_path / "coverage.md"
     coverage_table.run(source, out=out)
     text = out.read_text()
-    assert "* timm: psap 4 models, 3 exact, 1 refused; Torch-Pruning 3 models, 2 runs, 1" in text
+    assert "* timm: psap 5 models, 4 exact, 1 refused; Torch-Pruning 4 models, 3 runs, 1" in text
     assert "crash; kirigami 1 models, 1 runs." in text
     assert (
-        "Of 2 models that both handle, psap keeps more parameters of 1: timm/a (where it leaves "
-        "2 of 64 filters of layer.0, though asked for half)." in text
+        "Of 3 models that both handle, psap keeps more parameters of 2: timm/a (where it leaves "
+        "2 of 64 filters of layer.0, though asked for half; psap leaves half of every layer but "
+        "that of the output), timm/e." in text
     )
     assert "take longer than its pruner on 1 of these: timm/d." in text
     assert "on 1 models: timm/b." in text
