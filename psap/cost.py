@@ -9,6 +9,7 @@ together take one pass over all of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -207,12 +208,12 @@ class CostModel:
 
     def layers(self, widths: ArrayLike) -> list[LayerCost]:
         """Shape and MACs of every weight that costs MACs, in the order of the model."""
-        dims = self._dims(widths)
+        dims = self._dims(widths).T.tolist()
         costs = []
-        for i, (name, price) in enumerate(zip(self._names, self._prices[0].tolist(), strict=False)):
+        for name, price, sizes in zip(self._names, self._prices[0].tolist(), dims, strict=False):
             if price:
-                shape = tuple(int(d) for d in dims[: len(self._graph.shapes[name]), i].tolist())
-                costs.append(LayerCost(name, shape, round(price * float(np.prod(shape)))))
+                shape = tuple(map(int, sizes[: len(self._graph.shapes[name])]))
+                costs.append(LayerCost(name, shape, round(price * float(math.prod(shape)))))
         return costs
 
     def fits(self, widths: ArrayLike, target: Target) -> bool:

@@ -17,7 +17,7 @@ from psap.cost import KINDS, Budget, Cost, CostModel, LayerCost
 from psap.errors import ArgumentError, ArgumentTypeError, TargetError
 from psap.graph import Graph
 from psap.graph.parts import part
-from psap.members import all_tensors, named_tensors
+from psap.members import all_tensors
 from psap.plandiff import PlanDiff, diff
 
 if TYPE_CHECKING:
@@ -172,9 +172,14 @@ class Plan:
         return from_json(text)
 
 
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the names and shapes of all parameters and buffers."""
-    named = all_tensors(model).items()
+def fingerprint(model: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> str:
+    """SHA-256 over the names and shapes of all parameters and buffers.
+
+    Args:
+        model: the model.
+        tensors: its `all_tensors`, where they are known.
+    """
+    named = (all_tensors(model) if tensors is None else tensors).items()
     text = "\n".join(f"{name} {tuple(tensor.shape)}" for name, tensor in named)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -193,11 +198,13 @@ def from_masks(graph: Graph, kept: Sequence[Sequence[int]], cost: CostModel | No
     for group, indices in zip(graph.groups, kept, strict=True):
         alive[group.start + np.asarray(indices, dtype=np.int64)] = True
     sides = []
+    positions: dict[int, tuple[int, ...]] = {}  # many sides have the same channels
     for (name, dim), channels in graph.channels.items():
-        stays = alive[channels]
-        if not stays.all():
-            positions = tuple(np.flatnonzero(stays).tolist())
-            sides.append(SidePlan(name, dim, graph.roles[name, dim], channels.size, positions))
+        if id(channels) not in positions:
+            positions[id(channels)] = tuple(np.flatnonzero(alive[channels]).tolist())
+        stays = positions[id(channels)]
+        if len(stays) < channels.size:
+            sides.append(SidePlan(name, dim, graph.roles[name, dim], channels.size, stays))
     widths = [len(indices) for indices in kept]
     return Plan(
         architecture=fingerprint(graph.model),
@@ -279,13 +286,13 @@ def plan(
     choices.check_whole("round_to", round_to, 1)
     choices.check_whole("min_channels", min_channels, 1)
     choices.check_whole("seed", seed, 0)
-    _require_fresh(graph)
+    tensors = _fresh_tensors(graph)
     cost = CostModel(graph, latency)
-    tensors, _ = named_tensors(graph.model)
     sizes = [group.size for group in graph.groups]
     least = choices.floors(graph, checked_floors("floors", floors or {}))
     bounds = schedule.limits(sizes, 1.0, min_channels, round_to, least)
-    stats = scores.measure(graph, tensors, 0.5, "l1" if score == "l1" else "l2")
+    alpha = 0.5 if ratio is None else None
+    stats = scores.measure(graph, tensors, alpha, "l1" if score == "l1" else "l2")
     if ratio is not None:
         widths = choices.by_ratio(graph, ratio, bounds)
     else:
@@ -317,7 +324,8 @@ def nothing_to_prune(graph: Graph) -> TargetError:
     return TargetError("no layer of this model can be pruned: " + "; ".join(reasons) + mend)
 
 
-def _require_fresh(graph: Graph) -> None:
+def _fresh_tensors(graph: Graph) -> dict[str, Tensor]:
+    """All tensors of the model, which must be as they were when it was traced."""
     tensors = all_tensors(graph.model)
     for name, shape in graph.shapes.items():
         if name not in tensors or tuple(tensors[name].shape) != tuple(shape):
@@ -326,6 +334,7 @@ def _require_fresh(graph: Graph) -> None:
                 f"the model has changed since it was traced; trace it again with psap.trace(model, "
                 f"example_inputs): {name} had shape {tuple(shape)} and {now}"
             )
+    return tensors
 
 
 def solve_target(

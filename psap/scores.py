@@ -65,16 +65,16 @@ def _rows(
 def measure(
     graph: Graph,
     tensors: Mapping[str, Tensor],
-    alpha: float,
+    alpha: float | None,
     score: Literal["l1", "l2"] = "l2",
     quantile: float | None = None,
 ) -> list[GroupStats]:
-    """Statistics of every group, from one pass over all weights per threshold.
+    """Statistics of every group, from one pass over all weights, and one more for the threshold.
 
     Args:
         graph: the channel graph.
         tensors: the current parameters by name.
-        alpha: a weight is sparse if ``|w| < alpha * std(layer)``.
+        alpha: a weight is sparse if ``|w| < alpha * std(layer)``; None counts no sparse weights.
         score: "l2" sums squares, "l1" absolute values.
         quantile: a weight is sparse if it is below this quantile of all weights instead, each in
             units of the standard deviation that He's initialisation gives its layer.
@@ -89,11 +89,13 @@ def measure(
     if not names:
         return []
     weights, owners = zip(*(_rows(graph, tensors, name) for name in names), strict=True)
-    first = psap_kernels.layer_stats(weights)
+    first = stats = psap_kernels.layer_stats(weights)
     std = torch.nan_to_num(first.layer_std())
     _refuse_nonfinite(names, first)
-    tau = (alpha * std).float() if quantile is None else _common(weights, quantile, std)
-    stats = psap_kernels.layer_stats(weights, tau=tau)
+    if quantile is not None:
+        stats = psap_kernels.layer_stats(weights, tau=_common(weights, quantile, std))
+    elif alpha is not None:
+        stats = psap_kernels.layer_stats(weights, tau=(alpha * std).float())
     power = stats.weight_sq if score == "l2" else stats.weight_abs
     values, counts = power.double().cpu().numpy(), stats.below_tau.cpu().numpy()
     dead = (std == 0).cpu().numpy()

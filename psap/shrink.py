@@ -76,7 +76,7 @@ def check_plan(model: nn.Module, plan: Plan) -> nn.Module:
                 f"the plan was made for another model: {side.name} has shape "
                 f"{tuple(tensor.shape)}, the plan expects {side.size} along dimension {side.dim}"
             )
-    if plan.architecture != fingerprint(model):
+    if plan.architecture != fingerprint(model, tensors):
         raise ArgumentError(
             "the plan was made for another model: the names or shapes of its parameters differ; "
             "make a new plan with psap.plan(psap.trace(model, example_inputs), ...)"

@@ -10,10 +10,13 @@ from torch import Tensor
 from zoo import CASES
 
 import psap
+import psap_kernels
 from psap import scores
 
 
-def _measure(graph: psap.Graph, alpha: float = 0.5, score: str = "l2") -> list[scores.GroupStats]:
+def _measure(
+    graph: psap.Graph, alpha: float | None = 0.5, score: str = "l2"
+) -> list[scores.GroupStats]:
     return scores.measure(graph, dict(graph.model.named_parameters()), alpha, score)  # type: ignore[arg-type]
 
 
@@ -99,6 +102,25 @@ def test_layers_of_one_spread_are_told_apart_by_a_quantile_alone() -> None:
     tensors = dict(graph.model.named_parameters())
     one, two = (s.sparsity for s in scores.measure(graph, tensors, 0.5, "l2", 0.5))
     assert two > one + 0.2
+
+
+def test_powers_alone_take_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes, before = [], psap_kernels.layer_stats
+    monkeypatch.setattr(
+        psap_kernels, "layer_stats", lambda *a, **k: passes.append(k) or before(*a, **k)
+    )
+    graph = psap.trace(randomise(CASES["residual"].make()), image())
+    both = _measure(graph)
+    assert len(passes) == 2
+    alone = _measure(graph, None)
+    assert len(passes) == 3
+    for one, two in zip(both, alone, strict=True):
+        assert (one.power == two.power).all() and one.elements == two.elements
+        assert one.sparse > two.sparse == 0
+    psap.plan(graph, ratio=0.5)
+    assert len(passes) == 4
+    psap.plan(graph, target=psap.Target(macs=0.5))
+    assert len(passes) == 6
 
 
 def test_a_dead_layer_is_wholly_sparse_and_a_constant_one_not_at_all() -> None:
