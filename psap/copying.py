@@ -12,6 +12,7 @@ from torch import nn
 _PROTOCOL = ("__reduce__", "__reduce_ex__", "__getstate__", "__getnewargs__", "__getnewargs_ex__",
              "__deepcopy__", "__new__")  # fmt: skip
 _ATOMS = (type(None), bool, int, float, str)
+_DICTS = (dict, OrderedDict)
 _OWN = frozenset(vars(nn.Module())) - {"_non_persistent_buffers_set"}
 """What every module has: numbers, and dictionaries of parts and hooks."""
 
@@ -43,17 +44,18 @@ class _Copier:
             return copy.deepcopy(value, self._memo)
         made: nn.Module = object.__new__(kind)
         self._memo[id(value)] = made
-        made.__setstate__({key: self._part(key, part) for key, part in vars(value).items()})
-        return made
-
-    def _part(self, key: str, value: Any) -> Any:
-        """A copy of an attribute; dictionaries that every module has are walked here."""
-        kind = type(value)
-        if key not in _OWN or kind not in (dict, OrderedDict) or id(value) in self._memo:
-            return self.of(value)
-        made: dict[Any, Any] = kind()
-        self._memo[id(value)] = made
-        made.update((name, self.of(item)) for name, item in value.items())
+        state: dict[str, Any] = {}
+        for key, part in vars(value).items():  # dictionaries that every module has are walked here
+            form = type(part)
+            if form in _ATOMS:
+                state[key] = part
+            elif key not in _OWN or form not in _DICTS or id(part) in self._memo:
+                state[key] = self.of(part)
+            else:
+                state[key] = self._memo[id(part)] = form()
+                for name, item in part.items():
+                    state[key][name] = self.of(item)
+        made.__setstate__(state)
         return made
 
     def _by_parts(self, module: nn.Module) -> bool:

@@ -126,6 +126,8 @@ def carried(
     Raises:
         PsapError: a friend refuses to be copied.
     """
+    if not friends.given:
+        return ()
     memo: dict[int, Any] = {}
     for dense, small in networks:
         memo[id(dense)] = small

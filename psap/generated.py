@@ -1,9 +1,8 @@
-"""Graph modules whose code is generated once for all graphs that say the same."""
+"""Graph modules whose code is generated and compiled once for all graphs that say the same."""
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
+import copy
 
 from torch import fx, nn
 
@@ -12,23 +11,32 @@ class Generator:
     """Makes graph modules; modules that are built alike mostly have programs that are, too."""
 
     def __init__(self) -> None:
-        self._known: dict[str, Any] = {}
+        self._known: dict[str, fx.GraphModule] = {}
 
     def module(self, body: nn.Module, graph: fx.Graph, name: str) -> fx.GraphModule:
-        """What ``torch.fx.GraphModule(body, graph, name)`` gives."""
+        """What ``torch.fx.GraphModule(body, graph, name)`` gives, but for tensors and children."""
         text = _text(graph)
+        if text in self._known:
+            return _like(self._known[text], body, graph, name)
+        self._known[text] = fx.GraphModule(body, graph, name)
+        return self._known[text]
 
-        def python_code(*args: Any, **options: Any) -> Any:
-            if text not in self._known:
-                self._known[text] = fx.Graph.python_code(graph, *args, **options)
-            code = self._known[text]
-            return dataclasses.replace(code, globals=dict(code.globals))  # gets forward(), too
 
-        vars(graph)["python_code"] = python_code
-        try:
-            return fx.GraphModule(body, graph, name)
-        finally:
-            del vars(graph)["python_code"]
+def _like(first: fx.GraphModule, body: nn.Module, graph: fx.Graph, name: str) -> fx.GraphModule:
+    """A graph module with the code of another one, whose graph says the same.
+
+    It has a class of its own, as every graph module has, so that ``recompile`` changes it alone.
+    """
+    kind = type(first)
+    own = {key: getattr(kind, key) for key in ("forward", "__module__", "__qualname__")}
+    made: fx.GraphModule = object.__new__(type(name, (fx.GraphModule,), own))
+    vars(made).update({key: copy.copy(value) for key, value in vars(first).items()})
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target in vars(body):
+            vars(made)[node.target] = vars(body)[node.target]
+    vars(made)["_graph"] = graph
+    graph.owning_module = made
+    return made
 
 
 def _text(graph: fx.Graph) -> str:

@@ -48,14 +48,13 @@ def warn_unsafe(model: nn.Module) -> None:
     """
     modules: dict[str, Any] = dict(named_modules(model))
     names = [n for n in strided_pointwise(model) if modules[n].weight.shape[1] < LANES]
-    last = any(
+    if names and any(
         p.dim() == 4
         and p.device.type == "cpu"
         and p.is_contiguous(memory_format=torch.channels_last)
         and not p.is_contiguous()
         for p in model.parameters()
-    )
-    if names and last:
+    ):
         warnings.warn(
             f"PyTorch may crash when it trains {', '.join(names)} on a CPU in channels_last: a "
             f"strided 1x1 convolution with fewer than {LANES} input channels makes its kernel "

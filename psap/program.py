@@ -17,12 +17,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
+from psap.commit import TABLES
 from psap.errors import VerificationError
 from psap.examples import example_of, examples
 from psap.generated import Generator
 from psap.graph.groups import no_collection
 from psap.graph.labels import Ints
-from psap.openings import openings
+from psap.members import named_modules
+from psap.openings import openings, removed
 from psap.plans import Plan
 from psap.recording import ADDED, living, recorded
 from psap.rewriting import rewrite
@@ -61,15 +63,16 @@ def program(
     """
     cast = _cast(model, inputs)
     failures: list[str] = [] if notes is None else notes
-    opened = openings(model, plan, cast, lambda tracer: living(tracer, plan))
+    gone = removed(plan)
+    opened = openings(model, plan, gone, cast, lambda tracer: living(tracer, plan))
     dense = _traced(model, opened, cast, failures)
     same = plan.graph is not None and inputs is plan.graph.inputs
-    records = recorded(model, dense, cast, plan, alone=same)
+    records = recorded(model, dense, cast, plan, gone if same else None)
     small = small_copy(model, plan)
     made = 0
-    places, generator = _places(small), Generator()
+    places, bodies, generator = _places(small), dict(named_modules(small)), Generator()
     for name in sorted(dense, key=lambda n: (n != "", n.count(".")), reverse=True):
-        body = small.get_submodule(name)
+        body = bodies[name]
         try:
             part = _small(dense[name], body, *records[name], generator)
         except VerificationError as error:
@@ -143,12 +146,12 @@ def _small(
         body.register_buffer(name, constant.to(device), persistent=False)
     small = generator.module(body, graph, type(body).__name__)
     for kind, value in vars(body).items():
-        if kind in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-            setattr(small, kind, value)  # all of them, in the order of the model
-        elif kind.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
-            setattr(small, kind, value)
-    small.training = body.training
+        if kind in TABLES or kind == "training" or kind.endswith(_HOOKS):
+            vars(small)[kind] = value  # all of them, in the order of the model
     return small
+
+
+_HOOKS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
 
 
 def _places(model: nn.Module) -> dict[int, list[tuple[dict[str, Any], str]]]:

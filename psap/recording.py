@@ -15,16 +15,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
-from psap.graph import Graph
+from psap.graph import Graph, Side
 from psap.graph.counting import Given
 from psap.graph.labels import TAINT, Ints, plain
 from psap.graph.rules import RULES
 from psap.graph.trace import Tracer, following, run
-from psap.members import all_tensors
-from psap.openings import removed
+from psap.members import all_tensors, named_modules
+from psap.openings import Bools
 from psap.plans import Plan
 from psap.sizes import Record
 from psap.untouched import untouched
@@ -43,10 +42,10 @@ class _Recorder:
     """
 
     def __init__(self, module: nn.Module, program: fx.GraphModule, tracer: Tracer) -> None:
-        self._module = module
+        self.module = module
         self._program = program
         self._tracer = tracer
-        self.record = Record()
+        self._record = Record()
 
     def run(self, *args: Any) -> Any:
         """Run the program; keep what rewriting needs to know about every value."""
@@ -75,22 +74,28 @@ class _Recorder:
         if node.op == "call_method":
             return getattr(args[0], target)(*args[1:], **kwargs)
         added = target.startswith(ADDED) and hasattr(self._program, target)
-        found = operator.attrgetter(target)(self._program if added else self._module)
+        found = operator.attrgetter(target)(self._program if added else self.module)
         return found(*args, **kwargs) if node.op == "call_module" else found
+
+    def shown(self) -> Record:
+        """What the runs have shown, with labels without taint."""
+        labels = self._record.labels
+        self._record.labels = {node: plain(found) for node, found in labels.items()}
+        return self._record
 
     def _note(self, node: fx.Node, value: Any) -> None:
         if isinstance(value, Tensor):
             labels = self._tracer.get(value)
             view = self._tracer.view(value)
             if labels is not None:
-                self.record.labels[node] = labels
+                self._record.labels[node] = labels
             elif view is not None:
-                self.record.views[node] = view
-            self.record.values[node] = value.shape
+                self._record.views[node] = view
+            self._record.values[node] = value.shape
         elif isinstance(value, (tuple, list)) and all(isinstance(v, Tensor) for v in value):
-            self.record.values[node] = [v.shape for v in value]
+            self._record.values[node] = [v.shape for v in value]
         else:
-            self.record.values[node] = value
+            self._record.values[node] = value
 
 
 Records = dict[str, tuple[Record, Ints]]
@@ -102,8 +107,7 @@ def recorded(
     dense: Mapping[str, fx.GraphModule],
     inputs: tuple[Any, ...],
     plan: Plan,
-    *,
-    alone: bool,
+    gone: Bools | None,
 ) -> Records:
     """Run programs of modules under a label tracer.
 
@@ -112,19 +116,19 @@ def recorded(
         dense: the programs, by the names of the modules.
         inputs: inputs of the model's dtype.
         plan: the plan.
-        alone: whether ``inputs`` are those of the plan's trace, so that what it saw may do.
+        gone: which channels of the plan's graph go, if ``inputs`` are those of its trace, so that
+            what it saw may do.
     """
     shapes = {name: tuple(t.shape) for name, t in all_tensors(model).items()}
-    records = _replayed(model, dense, plan) if alone else None
+    records = None if gone is None else _replayed(model, dense, plan.graph, gone)
     if records is None:
         tracer, recorders = _recorders(model, dense)
-        with untouched(model), _through(model, recorders):
+        with untouched(model), _through(recorders):
             run(tracer, model, inputs, training=False)
         alive = living(tracer, plan)
-        records = {name: (recorder.record, alive) for name, recorder in recorders.items()}
+        records = {name: (recorder.shown(), alive) for name, recorder in recorders.items()}
     kept = plan.kept()
     for record, _ in records.values():
-        record.labels = {node: plain(labels) for node, labels in record.labels.items()}
         record.kept, record.shapes = kept, shapes
     return records
 
@@ -132,9 +136,8 @@ def recorded(
 def _recorders(
     model: nn.Module, dense: Mapping[str, fx.GraphModule]
 ) -> tuple[Tracer, dict[str, _Recorder]]:
-    tracer = Tracer(model, RULES)
-    made = {n: _Recorder(model.get_submodule(n), part, tracer) for n, part in dense.items()}
-    return tracer, made
+    tracer, held = Tracer(model, RULES), dict(named_modules(model))
+    return tracer, {name: _Recorder(held[name], part, tracer) for name, part in dense.items()}
 
 
 def _outermost(names: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -148,7 +151,9 @@ def _outermost(names: Mapping[str, Any]) -> dict[str, list[str]]:
     return found
 
 
-def _replayed(model: nn.Module, dense: Mapping[str, fx.GraphModule], plan: Plan) -> Records | None:
+def _replayed(
+    model: nn.Module, dense: Mapping[str, fx.GraphModule], graph: Graph | None, gone: Bools
+) -> Records | None:
     """Run the programs alone, on what their modules were called with in the plan's trace.
 
     Of modules that are built alike, and called alike but for the channels, one is run.
@@ -156,8 +161,8 @@ def _replayed(model: nn.Module, dense: Mapping[str, fx.GraphModule], plan: Plan)
     Returns:
         The records; None if that does not tell all of them.
     """
-    graph, gone, outer = plan.graph, removed(plan), _outermost(dense)
-    if graph is None or gone is None or not all(map(graph.entries.get, outer)):
+    outer = _outermost(dense)
+    if graph is None or not all(map(graph.entries.get, outer)):
         return None
     entries = {name: list(_flat(graph.entries[name] or [])) for name in outer}
     like = next((p for p in model.parameters() if p.is_floating_point()), None)
@@ -169,33 +174,33 @@ def _replayed(model: nn.Module, dense: Mapping[str, fx.GraphModule], plan: Plan)
         programs = tuple((n[len(name) :], id(dense[n])) for n in inside)
         form = tuple(map(_form, entries[name]))
         families.setdefault((programs, form), []).append(name)
-    tracer, recorders = _recorders(model, dense)
+    firsts = [name for name, *_ in families.values()]
+    run_alone = {n: dense[n] for name in firsts for n in outer[name]}
+    tracer, recorders = _recorders(model, run_alone)
     met: dict[str, tuple[list[Tensor], set[str]]] = {}
     try:
-        with untouched(model), _through(model, recorders), following(tracer):
-            for name, *_ in families.values():
-                met[name] = _run(name, graph.entries[name], model, recorders[name], tracer)
+        with untouched(model), _through(recorders), following(tracer):
+            for name in firsts:
+                met[name] = _run(graph.entries[name], recorders[name], tracer)
     except Exception:  # the whole model will show what fails
         return None
-    told = _Told(tracer, graph, gone)
     records: Records = {}
+    resolved = tracer.labels.resolve()
     for names in families.values():
-        shown = {n: recorders[n].record for n in outer[names[0]]}
-        for name in names:
-            if not told.of(name, names[0], entries[name], shown, *met[names[0]], records):
-                return None
+        shown = {n: recorders[n].shown() for n in outer[names[0]]}
+        told = _Told(resolved, tracer.along, names[0], shown, *met[names[0]])
+        if not all(told.of(name, entries[name], graph, gone, records) for name in names):
+            return None
     return records
 
 
-def _run(
-    name: str, values: Any, model: nn.Module, recorder: _Recorder, tracer: Tracer
-) -> tuple[list[Tensor], set[str]]:
+def _run(values: Any, recorder: _Recorder, tracer: Tracer) -> tuple[list[Tensor], set[str]]:
     """Run one program; returns the labels that its arguments got, and the tensors that it used."""
     with torch._C.DisableTorchFunction():
         bases: list[Tensor] = []
         made = _made(values, bases, tracer)
     tracer.reached = set()
-    model.get_submodule(name).eval()
+    recorder.module.eval()
     recorder.run(*made)
     return bases, tracer.reached
 
@@ -238,90 +243,106 @@ def _made(values: Any, bases: list[Tensor], tracer: Tracer) -> Any:
 
 
 class _Told:
-    """What the labels of modules that ran alone say of channels."""
+    """What the labels of a module that ran alone say of its channels, and of those of its like.
 
-    def __init__(self, tracer: Tracer, graph: Graph, gone: NDArray[np.bool_]) -> None:
-        self._root, frozen = tracer.labels.resolve()
-        self._frozen = np.fromiter(frozen, dtype=np.int64)
-        self._along, self._graph, self._gone = tracer.along, graph, gone
+    Args:
+        resolved: what `Labels.resolve` found.
+        along: labels along sides of parameters.
+        ran: the module.
+        shown: its record, and those of modules within it.
+        bases: labels of its arguments.
+        used: names of tensors that it used.
+    """
 
-    def of(
+    def __init__(
         self,
-        name: str,
+        resolved: tuple[Ints, dict[int, str]],
+        along: Mapping[Side, Tensor],
         ran: str,
-        entry: list[Any],
         shown: Mapping[str, Record],
         bases: list[Tensor],
         used: set[str],
-        records: Records,
-    ) -> bool:
-        """Add the records of a module whose program ran, or of one that is like it.
+    ) -> None:
+        root, frozen = resolved
+        self._root, self._frozen = root, np.fromiter(frozen, dtype=np.int64)
+        self._ran, self._shown = ran, shown
+        self._used = used
+        self._bases = [root[base.numpy()].reshape(-1) for base in bases]
+        self._sides = {
+            side: root[labels.numpy()] for side, labels in along.items() if side[0] in used
+        }
+        found = {id(x): x for record in shown.values() for x in record.labels.values()}
+        self._wanted = np.concatenate(
+            [_NONE, *(root[x.numpy()].reshape(-1) for x in found.values())]
+        )
+
+    def of(self, name: str, entry: list[Any], graph: Graph, gone: Bools, records: Records) -> bool:
+        """Add the records of the module that ran, or of one that is like it.
 
         Args:
             name: the module.
-            ran: the one that ran.
-            entry: what the module was called with.
-            shown: the records of the one that ran, and of those within it.
-            bases: labels of its arguments.
-            used: names of tensors that it used.
+            entry: what it was called with.
+            graph: the graph of the plan.
+            gone: which of its channels go.
             records: gets the records.
 
         Returns:
             Whether all labels in them are united with labels of known channels.
         """
-        graph = self._graph
+        ran = self._ran
+        if name != ran and not all(tensor.startswith(f"{ran}.") for tensor in self._used):
+            return False
 
         def moved(there: str) -> str:
             return there if name == ran else name + there[len(ran) :]
 
-        if name != ran and not all(tensor.startswith(f"{ran}.") for tensor in used):
-            return False
-        labels = [x.labels for x in entry if isinstance(x, Given) and x.labels is not None]
+        given = [x.labels for x in entry if isinstance(x, Given) and x.labels is not None]
         known = [
-            (base, graph.channel_of[plain(found).numpy()])
-            for base, found in zip(bases, labels, strict=True)
+            (base, graph.channel_of[plain(labels).numpy()].reshape(-1))
+            for base, labels in zip(self._bases, given, strict=True)
         ]
-        for (tensor, dim), found in self._along.items():
+        for (tensor, dim), labels in self._sides.items():
             channels = graph.channels.get((moved(tensor), dim))
-            if tensor in used and channels is not None:
-                known.append((found, channels))
-        wanted = [x for record in shown.values() for x in record.labels.values()]
-        alive = self._alive(known, wanted)
+            if channels is not None:
+                known.append((labels, channels))
+        alive = self._alive(known, gone)
         if alive is None:
             return False
-        for inner, record in shown.items():
+        for inner, record in self._shown.items():
             views = {
                 node: dataclasses.replace(view, name=moved(view.name))
                 for node, view in record.views.items()
             }
-            copied = Record(labels=dict(record.labels), values=record.values, views=views)
+            copied = Record(labels=record.labels, values=record.values, views=views)
             records[moved(inner)] = copied, alive
         return True
 
-    def _alive(self, known: list[tuple[Tensor, Ints]], wanted: list[Tensor]) -> Ints | None:
+    def _alive(self, known: list[tuple[Ints, Ints]], gone: Bools) -> Ints | None:
         """For every label whether it stays, if all that are wanted are united with known ones."""
-        root, state = self._root, np.full(self._root.size, -1, dtype=np.int64)
-        empty = np.empty(0, dtype=np.int64)
-        labels = np.concatenate([empty, *(root[x.numpy()].reshape(-1) for x, _ in known)])
-        goes = self._gone[np.concatenate([empty, *(c.reshape(-1) for _, c in known)])]
+        state = np.full(self._root.size, -1, dtype=np.int64)
+        labels = np.concatenate([_NONE, *(labels for labels, _ in known)])
+        goes = gone[np.concatenate([_NONE, *(channels for _, channels in known)])]
         state[labels[goes]] = 0
         stays = np.concatenate([labels[~goes], self._frozen])
         if (state[stays] == 0).any():
             return None
         state[stays] = 1
-        if any((state[root[plain(found).numpy()]] < 0).any() for found in wanted):
+        if (state[self._wanted] < 0).any():
             return None
-        alive: Ints = np.abs(state[root])
+        alive: Ints = np.abs(state[self._root])
         return alive
 
 
+_NONE = np.empty(0, dtype=np.int64)
+
+
 @contextmanager
-def _through(model: nn.Module, recorders: Mapping[str, _Recorder]) -> Iterator[None]:
+def _through(recorders: Mapping[str, _Recorder]) -> Iterator[None]:
     """Let the recorders take the calls of their modules."""
     before: list[tuple[nn.Module, Any]] = []
     try:
-        for name, recorder in recorders.items():
-            module = model.get_submodule(name)
+        for recorder in recorders.values():
+            module = recorder.module
             before.append((module, vars(module).get("forward")))
             vars(module)["forward"] = _forward(module.forward, recorder)
         yield

@@ -7,14 +7,15 @@ import inspect
 import operator
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch.nn import functional as F
 
 from psap import counted
 from psap.errors import VerificationError
 from psap.graph.labels import Ints
-from psap.sizes import Record, Stays, in_small, numbers, stays_of
+from psap.sizes import Mask, Record, Stays, in_small, numbers, stays_of
 
 COUNTS = ("layer_norm", "group_norm", "rms_norm", "batch_norm", "mean")
 """Calls that divide by a number of channels."""
@@ -76,7 +77,7 @@ def _share(shape: torch.Size, before: Stays, dims: list[int]) -> float:
     return share
 
 
-def _kept_before(mask: Tensor | None, index: int) -> int:
+def _kept_before(mask: Mask | None, index: int) -> int:
     return index if mask is None else int(mask[:index].sum())
 
 
@@ -177,7 +178,7 @@ def _slide(twin: fx.Node, record: Record, shape: torch.Size, before: Stays) -> N
         if mask is None or dim < 2:
             continue
         name, graph = f"_tensor_constant_{twin.name}", twin.graph
-        record.constants[name] = mask.nonzero().flatten()
+        record.constants[name] = torch.from_numpy(np.flatnonzero(mask))
         with graph.inserting_before(twin):
             kept = graph.get_attr(name)
             whole = graph.call_function(counted.spread, (twin.args[0], kept, dim, shape[dim]))
@@ -230,7 +231,7 @@ def _items(index: Any, rank: int, name: str) -> list[Any]:
     return items
 
 
-def _slice(node: fx.Node, both: tuple[Any, Any], mask: Tensor, record: Record, alive: Ints) -> Any:
+def _slice(node: fx.Node, both: tuple[Any, Any], mask: Mask, record: Record, alive: Ints) -> Any:
     (item, copy), size = both, len(mask)
     if isinstance(item, int) and bool(mask[item]):
         return _kept_before(mask, item % size)
@@ -240,9 +241,9 @@ def _slice(node: fx.Node, both: tuple[Any, Any], mask: Tensor, record: Record, a
     dense = slice(*(record.values.get(v) if isinstance(v, fx.Node) else v for v in ends))
     start, stop, step = dense.indices(size)
     if step != 1:
-        chosen = torch.zeros(size, dtype=torch.bool)
+        chosen = np.zeros(size, dtype=np.bool_)
         chosen[start:stop:step] = True
-        return (chosen[mask]).nonzero().flatten().tolist()
+        return np.flatnonzero(chosen[mask]).tolist()
     wanted = slice(_kept_before(mask, start), _kept_before(mask, stop))
     small = slice(*(in_small(v, record, alive) for v in ends))
     counted_off = any(isinstance(v, fx.Node) for v in ends)

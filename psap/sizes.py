@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from psap.errors import VerificationError
 from psap.graph.labels import Ints
 from psap.graph.trace import MERGED, View
 
-Stays = list[Tensor | None]
+Mask = NDArray[np.bool_]
+Stays = list[Mask | None]
 """For every dimension of an activation a bool mask [size], or None if all of it stays."""
 
 
@@ -47,18 +51,21 @@ class Record:
         kept = self.kept.get(view.name, {})
         if not kept:
             return None
-        masks: list[Tensor] = []
+        masks: list[Mask] = []
         for dim, size in enumerate(self.shapes[view.name]):
-            mask = torch.full((size,), dim not in kept)
-            mask[list(kept.get(dim, ()))] = True
+            mask = np.full(size, dim not in kept)
+            if dim in kept:
+                mask[np.array(kept[dim], dtype=np.int64)] = True
             masks.append(mask)
         if view.rows:
             masks[0] = masks[0][slice(*view.rows)]
-        rest = torch.ones(1, dtype=torch.bool)
-        for mask in masks[1:]:
-            rest = (rest[:, None] & mask).reshape(-1)
-        found = {-1: None, MERGED: rest, **dict(enumerate(masks))}
-        return [None if (m := found[d]) is None or bool(m.all()) else m for d in view.dims]
+        found: dict[int, Mask | None] = {-1: None, **dict(enumerate(masks))}
+        if MERGED in view.dims:
+            rest = np.ones(1, dtype=np.bool_)
+            for mask in masks[1:]:
+                rest = (rest[:, None] & mask).reshape(-1)
+            found[MERGED] = rest
+        return [None if (m := found[d]) is None or m.all() else m for d in view.dims]
 
 
 def stays_of(node: Any, record: Record, alive: Ints) -> Stays | None:
@@ -74,26 +81,24 @@ def _stays(node: Any, record: Record, alive: Ints) -> Stays | None:
         return record.of_parameter(node)
     if labels is None:
         return None
-    lives = torch.from_numpy(alive)[labels].bool()
-    if bool(lives.all()):
+    lives = alive[labels.numpy()] > 0
+    if lives.all():
         return None
-    if not bool(lives.any()) and len(record.values[node]) > 1:
-        gone = torch.zeros(record.values[node][1], dtype=torch.bool)  # a slice of what goes
-        return [gone if dim == 1 else None for dim in range(lives.dim())]
-    masks: Stays = []
-    for dim in range(lives.dim()):
-        others = [d for d in range(lives.dim()) if d != dim]
-        along = lives.amax(others) if others else lives
-        masks.append(None if along.numel() == 1 else along)
-    outer = torch.ones_like(lives)
-    for dim, mask in enumerate(masks):
-        if mask is not None:
-            outer &= mask.view([-1 if d == dim else 1 for d in range(lives.dim())])
-    if not torch.equal(outer, lives):
-        raise VerificationError(
-            f"the channels of {node.name} cannot be removed: they form no block"
+    dims = range(lives.ndim)
+    if not lives.any() and len(record.values[node]) > 1:
+        gone = np.zeros(record.values[node][1], dtype=np.bool_)  # a slice of what goes
+        return [gone if dim == 1 else None for dim in dims]
+    wide = [dim for dim in dims if lives.shape[dim] > 1]
+    along = {dim: lives.any(axis=tuple(d for d in dims if d != dim)) for dim in wide}
+    if len(wide) > 1:
+        block = functools.reduce(
+            np.logical_and, np.meshgrid(*along.values(), indexing="ij", sparse=True)
         )
-    return masks
+        if not np.array_equal(block, lives.squeeze()):
+            raise VerificationError(
+                f"the channels of {node.name} cannot be removed: they form no block"
+            )
+    return [along.get(dim) for dim in dims]
 
 
 def numbers(node: fx.Node, twin: fx.Node, record: Record, alive: Ints) -> None:

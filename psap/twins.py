@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from psap.members import named_modules
+
 _VALUES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 
@@ -22,16 +24,17 @@ def twins(model: nn.Module, given: Mapping[str, Any]) -> list[list[str]]:
     Returns:
         The names; those of modules that are built alike, and called alike, together.
     """
+    held = dict(named_modules(model))
     kinds: dict[type[nn.Module], list[str]] = {}
     for name in given:
-        kinds.setdefault(type(model.get_submodule(name)), []).append(name)
+        kinds.setdefault(type(held[name]), []).append(name)
     found: dict[Any, list[str]] = {}
     for kind, names in kinds.items():
         for name in names:
             key: Any = kind
             if len(names) > 1:
                 seen: dict[int, int] = {}
-                key = _build(model.get_submodule(name), seen), _build(given[name], seen)
+                key = _build(held[name], seen), _build(given[name], seen)
             found.setdefault(key, []).append(name)
     return list(found.values())
 

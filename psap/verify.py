@@ -25,6 +25,7 @@ from psap.errors import PsapError, VerificationError
 from psap.graph.groups import no_collection
 from psap.graph.outputs import NoDropout, output_tensors
 from psap.layerwise import Glimpse, first_difference, glimpses, stopped_at
+from psap.members import named_modules
 from psap.plans import Plan
 from psap.settling import settle, settling
 from psap.sloping import Sloping
@@ -295,7 +296,7 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
         PsapError: something in the model refuses to be copied.
     """
     memo = {} if memo is None else memo
-    for module in model.modules():  # what an older weight norm left there; its hook makes it anew
+    for _, module in named_modules(model):  # an older weight norm left some
         for value in vars(module).values():
             if isinstance(value, Tensor) and value.grad_fn is not None:
                 memo[id(value)] = value.detach().clone()
