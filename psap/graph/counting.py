@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from psap.examples import bound_to, plain
 from psap.graph.calls import TensorMap
 from psap.graph.outputs import CHANGED, NoDropout
+from psap.graph.skipping import ASKING, ValueAsked
 
 COUNTING = frozenset({
     "view", "reshape", "unflatten", "expand", "pad", "_pad", "__getitem__", "split",
@@ -139,6 +140,8 @@ class Watch(NoDropout):
         name = getattr(func, "__name__", "")
         if not (name in _NOTED or "dropout" in name or name.startswith("conv")):
             return func(*args, **kwargs) if kwargs else func(*args)
+        if name in ASKING and not self._tracer.computing:
+            raise ValueAsked(f"{name} makes values known")
         if func is F.multi_head_attention_forward:
             self._tracer.attention = "known" if self._known() else "fixed"
         elif func is F.scaled_dot_product_attention and (kwargs or {}).get("scale") is None:
@@ -183,7 +186,7 @@ class Watch(NoDropout):
         sizes.called(self._tracer, call)
 
 
-_NOTED = COUNTING | CHANGED | {"__get__", "size"}
+_NOTED = COUNTING | CHANGED | ASKING | {"__get__", "size"}
 """Names of calls that are not only run, besides dropouts and convolutions."""
 
 

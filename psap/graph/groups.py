@@ -17,6 +17,7 @@ from psap.graph.attending import moving_macs
 from psap.graph.inputs import as_inputs, check_model
 from psap.graph.labels import Ints, plain
 from psap.graph.rules import RULES
+from psap.graph.skipping import ValueAsked
 from psap.graph.trace import Call, Tracer, run
 from psap.untouched import untouched
 
@@ -156,7 +157,19 @@ def no_collection() -> Iterator[None]:
 
 
 def run_auxiliary(tracer: Tracer, model: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Parameters that evaluation does not reach may belong to heads of train mode."""
+    """Parameters that evaluation does not reach may belong to heads of train mode.
+
+    Their labels are all that is wanted, so convolutions are computed only if forward() asks for
+    values, or fails without them.
+    """
+    try:
+        tracer.computing = False
+        run(tracer, model, inputs, training=True)
+        return
+    except (TraceError, ValueAsked):
+        pass
+    finally:
+        tracer.computing = True
     try:
         run(tracer, model, inputs, training=True)
     except TraceError:

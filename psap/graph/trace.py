@@ -24,6 +24,7 @@ from psap.graph.calls import QuietMode, Schema, TensorMap, bind, schema, tensors
 from psap.graph.counting import Sizes, Watch
 from psap.graph.labels import TAINT, Labels, compact, plain, tainting
 from psap.graph.outputs import output_tensors as output_tensors
+from psap.graph.skipping import skipping
 from psap.members import named_modules, named_tensors, set_training
 
 Args = dict[str, Any]
@@ -107,7 +108,7 @@ class Tracer(QuietMode):
         self.affine: set[str] = set()
         self.reached: set[str] = set()
         self.unknown: Counter[str] = Counter()
-        self.counting = True
+        self.counting = self.computing = True
         self.closed = False
         self._rules = rules
         self._views: TensorMap[View] = TensorMap()
@@ -276,7 +277,7 @@ class Tracer(QuietMode):
         kwargs = kwargs or {}
         found = schema(func)
         tensors = tensors_in((*args, *kwargs.values()) if kwargs else args)
-        out = func(*args, **kwargs)
+        out = func(*args, **kwargs) if self.computing else skipping(func, args, kwargs)
         views = self._views.all(tensors)
         before = self._activations.all(tensors)
         if not views and not before:
