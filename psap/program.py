@@ -132,9 +132,6 @@ def _small(
             twin.type = None  # torch.fx cannot pickle annotations that are text
     if isinstance(body, nn.MultiheadAttention):
         body._qkv_same_embed_dim = False  # nn.TransformerEncoder would call a fused kernel
-        with graph.inserting_before(next(iter(graph.nodes))):
-            for name in ("batch_first", "num_heads", "_qkv_same_embed_dim"):
-                graph.get_attr(name)  # others ask for it; only what a program uses is copied
     for name, module in dense.named_children():
         if name.startswith(ADDED):
             body.add_module(name, copy.deepcopy(module).train(body.training))
@@ -148,6 +145,7 @@ def _small(
     for kind, value in vars(body).items():
         if kind in TABLES or kind == "training" or kind.endswith(_HOOKS):
             vars(small)[kind] = value  # all of them, in the order of the model
+    small.keep(vars(body))
     return small
 
 

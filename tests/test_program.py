@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,50 @@ def test_a_pickled_program_still_checks_its_arguments() -> None:
     assert torch.equal(again(x), part(x))
     with pytest.raises(psap.ArgumentError, match=r"mask is .*made for mask=None"):
         again(x, torch.ones(()))
+
+
+class _Layers(nn.Module):
+    """Runs its layers in a list and looks at what was noted on each, as parsers of models do."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        for number, layer in enumerate(layers):
+            layer.number, layer.kept = number, [number % 2 == 0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        saved: list[Tensor] = []
+        for layer in self.layers:
+            x = layer(x)
+            saved += [x] * layer.kept[0]
+            assert layer.number < len(self.layers)
+        return torch.cat([x.mean((2, 3)), saved[-1].mean((2, 3))], 1)
+
+
+def test_programs_that_share_code_keep_attributes_of_their_own() -> None:
+    model = randomise(_Layers(conv(3, 8), _Gated(), conv(8, 8), _Gated(), _Gated(), conv(8, 5)))
+    small = psap.apply(model, psap.plan(psap.trace(model, image()), ratio=0.5)).model
+    for net in (small, copy.deepcopy(small)):
+        assert [(at, *layer.kept) for at, layer in enumerate(net.layers)] == [
+            (layer.number, at % 2 == 0) for at, layer in enumerate(net.layers)
+        ]
+    assert sum(isinstance(layer, torch.fx.GraphModule) for layer in small.layers) == 3
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_program_keeps_what_others_read_of_its_module(inplace: bool) -> None:
+    model = randomise(_Layers(conv(3, 8), _Gated(), conv(8, 8), conv(8, 5)))
+    plan = psap.plan(psap.trace(model, image()), ratio=0.5)
+    before = copy.deepcopy(model)
+    small = psap.apply(model, plan, inplace=inplace).model
+    program = small.layers[1]
+    assert isinstance(program, torch.fx.GraphModule)
+    again = copy.deepcopy(copy.deepcopy(small))
+    loaded = copy.deepcopy(ForkingPickler.loads(ForkingPickler.dumps(small)))
+    for net in (small, again, loaded):
+        assert (net.layers[1].number, net.layers[1].kept) == (1, [False])
+        assert_exact(before, plan, net, (image(),))
+    assert again.layers[1].kept is not program.kept
 
 
 def test_a_shared_module_becomes_one_program() -> None:
