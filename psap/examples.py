@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from psap.errors import VerificationError
 from psap.symbolic import traced
@@ -58,7 +59,7 @@ def plain(bound: inspect.BoundArguments | None) -> dict[str, Any]:
 
 @contextmanager
 def examples(model: nn.Module) -> Iterator[dict[str, dict[str, Any]]]:
-    """Arguments of the first call of every module that are plain values, or tensors (as meta)."""
+    """Arguments of the first call of every module: plain values, tensors (as meta), and lists."""
     given: dict[str, dict[str, Any]] = {}
     with ExitStack() as hooks:
         for name, module in model.named_modules():
@@ -67,19 +68,21 @@ def examples(model: nn.Module) -> Iterator[dict[str, dict[str, Any]]]:
                 bound = inspect.signature(m.forward).bind(*args, **kwargs)
                 bound.apply_defaults()
                 if name not in given:
-                    given[name] = {
-                        k: _on_meta(v) if isinstance(v, Tensor) else v
-                        for k, v in bound.arguments.items()
-                        if v is None or isinstance(v, (bool, str, int, float, Tensor))
-                    }
+                    known = {k: v for k, v in bound.arguments.items() if _is_example(v)}
+                    given[name] = tree_map_only(Tensor, _on_meta, known)
 
             def note_result(_: nn.Module, __: Any, out: Any, name: str = name) -> None:
-                if isinstance(out, Tensor) and name in given:
-                    given[name].setdefault("()", _on_meta(out))
+                if _is_example(out) and name in given:
+                    given[name].setdefault("()", tree_map_only(Tensor, _on_meta, out))
 
             hooks.enter_context(module.register_forward_pre_hook(note, with_kwargs=True))
             hooks.enter_context(module.register_forward_hook(note_result))
         yield given
+
+
+def _is_example(value: Any) -> bool:
+    plain_types = (bool, str, int, float, Tensor, type(None))
+    return all(isinstance(x, plain_types) for x in tree_leaves(value))
 
 
 def _on_meta(x: Tensor) -> Tensor:

@@ -211,22 +211,22 @@ def _pad(node: fx.Node, twin: fx.Node, record: Record, alive: Ints, after: Stays
 
 def _slices(node: fx.Node, twin: fx.Node, record: Record, alive: Ints, before: Stays) -> None:
     index = node.args[1]
-    items, copies = (_items(n.args[1], len(before), node.name) for n in (node, twin))
+    items, copies = (_items(n.args[1], len(before)) for n in (node, twin))
     new: list[Any] = []
-    for dim, (item, copy) in enumerate(zip(items, copies, strict=True)):
-        mask = before[dim] if dim < len(before) else None
+    dim = 0
+    for item, copy in zip(items, copies, strict=True):
+        mask = before[dim] if item is not None and dim < len(before) else None
         new.append(copy if mask is None else _slice(node, (item, copy), mask, record, alive))
+        dim += item is not None
     twin.args = (twin.args[0], tuple(new) if isinstance(index, tuple) else new[0])
 
 
-def _items(index: Any, rank: int, name: str) -> list[Any]:
-    """An index for every dimension."""
+def _items(index: Any, rank: int) -> list[Any]:
+    """An index for every dimension, and None for every new one."""
     items = list(index) if isinstance(index, tuple) else [index]
-    if any(item is Ellipsis or item is None for item in items):
+    if Ellipsis in items:
         rest = rank - sum(item is not None and item is not Ellipsis for item in items)
-        at = items.index(Ellipsis) if Ellipsis in items else len(items)
-        if None in items:
-            raise VerificationError(f"the new dimensions at {name} have no rewriting rule")
+        at = items.index(Ellipsis)
         items[at : at + 1] = [slice(None)] * rest
     return items
 

@@ -19,12 +19,14 @@ from zoo_blocks import (
     fixed_scale,
     frozen_batch_norm,
     functional_depthwise,
+    fused_glu,
     fused_product,
     global_response_norm,
     grouped_transposed,
     half_width,
     in_place_sum_on_slice,
     mean_gate,
+    new_dimensions,
     parametrised,
     root_mean_square,
     scaled_weight,
@@ -33,6 +35,7 @@ from zoo_blocks import (
     sorted_outputs,
     split_attention,
     standard_filters,
+    turned_in_place,
     unit_vectors,
 )
 from zoo_nets import (
@@ -157,6 +160,9 @@ CASES: dict[str, Case] = {
         lambda: split_in(2, 4, 6), stem=2, stem__2=4, stem__3=6, b=4, c=6, last=6, graph=1
     ),
     "glu": _case(glu, stem=8, both=6, last=6),
+    "glu, fused": _case(fused_glu, stem=8, both=6, last=6),
+    "turned in place": _case(turned_in_place, stem=8, deep=10, one=8, last=6),
+    "new dimensions": _case(new_dimensions, stem=8, gate=8, last=6, graph=1),
     "two inputs, dict output": Case(
         two_inputs,
         {"a": 8},

@@ -254,3 +254,29 @@ def in_place_sum_on_slice(gate: bool) -> nn.Module:
 def unit_vectors() -> nn.Module:
     """Channels over their norm, which is the same for all of them."""
     return block(8, lambda m, x: F.normalize(m.one(x), dim=1), one=conv(8, 10), last=conv(10, 6))
+
+
+def fused_glu() -> nn.Module:
+    return block(8, lambda m, x: F.glu(m.both(x), 1), both=conv(8, 12), last=conv(6, 6))
+
+
+def turned_in_place() -> nn.Module:
+    """Dimensions that come, go and change places in place, of a tensor and of a view of one."""
+
+    def body(m: Any, x: Tensor) -> Tensor:
+        x = m.deep(x.unsqueeze(2))
+        x = x.squeeze_(2).transpose_(1, 3).unsqueeze_(4)
+        return m.one(F.relu(x[:, :, :, :, 0].transpose_(3, 1)))
+
+    return block(8, body, deep=nn.Conv3d(8, 10, 1), one=conv(10, 8))
+
+
+def new_dimensions() -> nn.Module:
+    """An index that adds dimensions, where forward() fixes widths."""
+
+    def body(m: Any, x: Tensor) -> Tensor:
+        gate = m.gate(x.mean((2, 3)))
+        x = m.one(x).view(-1, 8, 8, 8) * gate[:, :, None, None] + gate[..., None, None]
+        return F.relu(x[None, :, :8].squeeze(0))
+
+    return block(8, body, one=conv(8, 8), gate=nn.Linear(8, 8), last=conv(8, 6))

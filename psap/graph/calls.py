@@ -57,6 +57,10 @@ class QuietMode(TorchDispatchMode):
         return False
 
 
+TURNING = ("squeeze_", "unsqueeze_", "transpose_", "t_")
+"""Calls that move the dimensions of a tensor in place."""
+
+
 class Schema(NamedTuple):
     """What tracing wants to know of an ATen overload.
 
@@ -66,6 +70,7 @@ class Schema(NamedTuple):
         names: of all arguments, in order.
         defaults: their defaults by name.
         mutable: whether it writes to an argument.
+        turning: whether it gives its first argument another shape, in place.
         shapes_only: whether it looks at the shape of its inputs only.
     """
 
@@ -74,6 +79,7 @@ class Schema(NamedTuple):
     names: tuple[str, ...]
     defaults: Mapping[str, Any]
     mutable: bool
+    turning: bool
     shapes_only: bool
 
 
@@ -91,6 +97,7 @@ def schema(func: Any) -> Schema:
             for x in func._schema.arguments
         },
         mutable=bool(func._schema.is_mutable),
+        turning=short in TURNING,
         shapes_only=short.startswith(("new_", "sym_")) or short.endswith("_like"),
     )
 

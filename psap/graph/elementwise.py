@@ -187,6 +187,15 @@ def mul(t: Tracer, a: Args, out: Tensor) -> None:
         _binary(t, a, out, True, "mul")
 
 
+def glu(t: Tracer, a: Args, out: Tensor) -> None:
+    """The first half along a dimension, times gates that the second half makes."""
+    labels = t.full(a["self"])
+    if labels is not None:
+        values, gates = labels.chunk(2, a["dim"])
+        t.labels.unite(values, gates)
+        t.set(out, values)
+
+
 def div(t: Tracer, a: Args, out: Tensor) -> None:
     """Quotient: the numerator decides; channels in the denominator may not vanish."""
     if scales(t, a["self"], a["other"], out):

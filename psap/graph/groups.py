@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -141,7 +141,17 @@ def trace(model: nn.Module, example_inputs: Any, *, gated: bool = False) -> Grap
             tracer.counting = False
             run_auxiliary(tracer, model, inputs)
         tracer.attending.settle(tracer.labels)
-    return build(model, inputs, tracer)
+    graph = build(model, inputs, tracer)
+    if tracer.counting and not all(_is_read(group, tracer) for group in graph.groups):
+        tracer.counting = False  # evaluation makes what it has no use for; training may give it out
+        with no_collection(), untouched(model), suppress(TraceError):  # it may want more inputs
+            run_auxiliary(tracer, model, inputs)
+        graph = build(model, inputs, tracer)
+    return graph
+
+
+def _is_read(group: Group, tracer: Tracer) -> bool:
+    return any(tracer.roles[side] in ("in", "cut") for side in group.sides)
 
 
 @contextmanager

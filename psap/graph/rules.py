@@ -17,6 +17,7 @@ from psap.graph.elementwise import (
     addcmul,
     clamp,
     div,
+    glu,
     keeps_zero,
     moves_zero,
     mul,
@@ -100,6 +101,7 @@ _table(prelu, "_prelu_kernel", "prelu")
 _table(add, "add", "add_", "sub", "sub_", "maximum", "minimum")
 _table(mul, "mul", "mul_")
 _table(div, "div", "div_")
+_table(glu, "glu")
 _table(addcmul, "addcmul", "addcmul_")
 _table(pools, "max_pool2d_with_indices", "max_pool3d_with_indices", "max_pool1d", "max_pool2d")
 _table(
@@ -117,8 +119,8 @@ _table(sums, "sum")
 _table(softmax, "_softmax", "_log_softmax", "softmax", "log_softmax")
 _table(reshapes, "view", "_unsafe_view", "reshape", "_reshape_alias", "flatten")
 _table(permutes(aten.permute), "permute")
-_table(permutes(aten.transpose), "transpose")
-_table(permutes(aten.t), "t")
+_table(permutes(aten.transpose), "transpose", "transpose_")
+_table(permutes(aten.t), "t", "t_")
 _table(same, "detach", "alias", "clone", "contiguous", "_to_copy", "lift_fresh")
 _table(expands, "expand")
 _table(restrides, "as_strided_")
@@ -127,8 +129,8 @@ _table(moves(aten.slice), "slice")
 _table(moves(aten.split), "split")
 _table(moves(aten.split_with_sizes), "split_with_sizes")
 _table(moves(aten.unbind), "unbind")
-_table(moves(aten.squeeze), "squeeze")
-_table(moves(aten.unsqueeze), "unsqueeze")
+_table(moves(aten.squeeze), "squeeze", "squeeze_")
+_table(moves(aten.unsqueeze), "unsqueeze", "unsqueeze_")
 _table(moves(aten.flip), "flip")
 _table(shifts(aten.roll), "roll")
 _table(moves(aten.repeat), "repeat")

@@ -268,8 +268,6 @@ class Tracer(QuietMode):
             Call(weight, positions, outputs) if self.counting else Call(weight, 0.0, 0.0)
         )
 
-    # The dispatcher
-
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
@@ -277,23 +275,28 @@ class Tracer(QuietMode):
         kwargs = kwargs or {}
         found = schema(func)
         tensors = tensors_in((*args, *kwargs.values()) if kwargs else args)
+        given = self._as_it_is(args) if found.turning else args
         out = func(*args, **kwargs) if self.computing else skipping(func, args, kwargs)
         views = self._views.all(tensors)
         before = self._activations.all(tensors)
         if not views and not before:
             return out
-        if not found.shapes_only or self._like_channels(found, tensors):
+        like = found.packet in self._rules and self.get(tensors[0]) is not None
+        if like or not found.shapes_only:  # or it makes a tensor in the shape of one with channels
             self._claimed, self.closed = set(), False
-            self._follow(found, bind(found, args, kwargs), tensors, before, out)
+            self._follow(found, bind(found, given, kwargs), tensors, before, out)
             for view in views:
                 self.reached.add(view.name)
                 if view.name not in self._claimed:
                     self.freeze_parameter(view, calls.why_whole(view.name, found))
         return out
 
-    def _like_channels(self, found: Schema, tensors: list[Tensor]) -> bool:
-        """Whether a call makes a tensor in the shape of one that has channels."""
-        return found.packet in self._rules and self.get(tensors[0]) is not None
+    def _as_it_is(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Arguments with a view in place of the first, which the call gives another shape."""
+        alias = args[0].view_as(args[0])
+        if (labels := self.get(args[0])) is not None:
+            self.set(alias, labels)
+        return (alias, *args[1:])
 
     def _follow(
         self, found: Schema, bound: Args, tensors: list[Tensor], before: list[Tensor], out: Any
@@ -315,21 +318,19 @@ class Tracer(QuietMode):
         """Whether a call changes a part of another tensor in a way that may leave no zero there."""
         target = tensors[0]
         labels = self.get(target)
-        if not found.mutable or not target._is_view() or labels is None:
+        if not found.mutable or found.turning or not target._is_view() or labels is None:
             return False
         allowed = rule.__name__ in ("keeps_zero", "add", "mul", "clamp", "restrides")
         return not allowed or bool((labels >= TAINT).any())
 
     def keep_view(self, tensor: Tensor) -> None:
         """Say that a use of a parameter was understood, though it took no labels."""
-        view = self.view(tensor)
-        if view is not None:
+        if (view := self.view(tensor)) is not None:
             self._claimed.add(view.name)
 
     def inside(self) -> str:
         """The innermost module that runs; "" for the model itself."""
-        call = self.innermost()
-        return "" if call is None else self.name_of(call["self"])
+        return self.name_of(call["self"]) if (call := self.innermost()) else ""
 
     def name_of(self, module: nn.Module) -> str:
         """The name of a module of the model."""

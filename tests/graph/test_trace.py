@@ -243,6 +243,45 @@ def test_dropout_before_an_auxiliary_head_freezes_nothing() -> None:
     assert {group.name: group.size for group in graph.groups} == {"stem": 8, "last": 6, "aux": 4}
 
 
+class _DeepSupervision(nn.Module):
+    """Makes a side output in both modes, but gives it out in train mode only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.side, self.last = conv(3, 8), conv(8, 5), conv(8, 5)
+        self.kept: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        self.kept = [self.side(x)]
+        return torch.stack([self.last(x), *self.kept], 1) if self.training else self.last(x)
+
+
+def test_what_train_mode_alone_gives_out_stays() -> None:
+    model = randomise(_DeepSupervision())
+    model(image()).sum().backward()  # the copy of what it keeps has no history
+    graph = psap.trace(model, image())
+    assert {group.name: group.size for group in graph.groups} == {"stem": 8}
+    assert graph.left_alone["side"] == "output of the model"
+    plan = psap.plan(graph, ratio=0.5)
+    small = psap.apply(model, plan).model
+    assert small.kept[0] is not model.kept[0] and not small.kept[0].requires_grad
+    for net in (model, small):
+        net.train()
+    assert_exact(model, plan, small, (image(),))
+
+
+def test_an_unread_layer_of_a_model_that_wants_targets_to_train() -> None:
+    def body(m: Any, x: Tensor) -> Tensor:
+        m.unread(x)
+        if m.training:
+            raise ValueError("pass targets")
+        return m.head(F.relu(m.stem(x)))
+
+    model = randomise(Net(body, stem=conv(3, 8), unread=conv(3, 4), head=head(8)))
+    assert {g.name for g in psap.trace(model, image()).groups} == {"stem", "unread"}
+
+
 def test_a_head_of_train_mode_costs_no_macs() -> None:
     model = randomise(CASES["auxiliary head"].make())
     plan = psap.plan(psap.trace(model, image()), ratio=0.5)
