@@ -7,7 +7,13 @@ import copyreg
 from collections import OrderedDict
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from psap.errors import PsapError
+from psap.graph.groups import no_collection
+from psap.members import named_modules
 
 _PROTOCOL = ("__reduce__", "__reduce_ex__", "__getstate__", "__getnewargs__", "__getnewargs_ex__",
              "__deepcopy__", "__new__")  # fmt: skip
@@ -15,6 +21,34 @@ _ATOMS = (type(None), bool, int, float, str)
 _DICTS = (dict, OrderedDict)
 _OWN = frozenset(vars(nn.Module())) - {"_non_persistent_buffers_set"}
 """What every module has: numbers, and dictionaries of parts and hooks."""
+_HOLDERS = (list, tuple, dict, OrderedDict)
+
+
+def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy.
+
+    Args:
+        model: the model.
+        memo: replacements of objects by ``id``.
+
+    Raises:
+        PsapError: something in the model refuses to be copied.
+    """
+    memo = {} if memo is None else memo
+    for _, module in named_modules(model):  # what a weight norm left, or what forward() keeps
+        for key, value in vars(module).items():
+            if isinstance(value, Tensor) or (type(value) in _HOLDERS and key not in _OWN):
+                computed = [x for x in tree_leaves(value) if isinstance(x, Tensor) and x.grad_fn]
+                memo.update((id(x), x.detach().clone()) for x in computed)
+    try:
+        # a collection would look at all that is there again and again, a mode into every tensor
+        with no_collection(), torch._C._DisableTorchDispatch():
+            return deep_copy(model, memo)
+    except Exception as error:
+        raise PsapError(
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); remove "
+            "what copy.deepcopy refuses, such as open files or tensors that were computed"
+        ) from error
 
 
 def deep_copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:

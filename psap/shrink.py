@@ -15,6 +15,7 @@ from psap import friends as friends_
 from psap import hazards, optim
 from psap.calling import called
 from psap.commit import commit
+from psap.copying import copied
 from psap.errors import ArgumentError, ArgumentTypeError, VerificationError
 from psap.graph.groups import no_collection
 from psap.graph.inputs import as_inputs, check_model
@@ -22,7 +23,7 @@ from psap.members import all_tensors, named_modules
 from psap.plans import Plan, fingerprint
 from psap.program import program
 from psap.ranks import Ranks
-from psap.verify import Verification, copied, require_finite, verify
+from psap.verify import Verification, require_finite, verify
 
 Mode = Literal["auto", "module", "graph"]
 

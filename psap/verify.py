@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,17 +19,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from psap.copying import deep_copy
+from psap.copying import copied
 from psap.decisions import Decisions
-from psap.errors import PsapError, VerificationError
-from psap.graph.groups import no_collection
+from psap.errors import VerificationError
 from psap.graph.outputs import NoDropout, output_tensors
 from psap.layerwise import Glimpse, first_difference, glimpses, stopped_at
-from psap.members import named_modules
 from psap.plans import Plan
 from psap.settling import settle, settling
 from psap.sloping import Sloping
 from psap.untouched import untouched
+from psap.widening import Widening
 
 TOLERANCE = 1e-9
 """Largest relative error in float64."""
@@ -84,15 +83,42 @@ def verify(
             there is nothing to compare: the dense network fails, or gives the same for all inputs.
     """
     with untouched(model):
-        for draw in range(DRAWS):
-            generator = torch.Generator().manual_seed(draw)
-            masked = randomised(model, generator)
-            small = _made(make, masked)
-            zero_(masked, plan)
-            proof = _Proof(masked, small, plan, _random_inputs(inputs, generator))
-            proof.run()
-            if proof.alive:
-                return Verification(proof.worst, "float64", proof.modes, mode, proof.silent())
+        try:
+            return _verified(model, plan, inputs, make, zero_, mode)
+        except VerificationError:
+            if not _narrows(model, inputs):
+                raise
+        with Widening():
+            return _verified(model, plan, inputs, make, zero_, mode)
+
+
+def _narrows(model: nn.Module, inputs: tuple[Any, ...]) -> bool:
+    """Whether a float64 copy of a model still computes with other floating numbers."""
+    generator = torch.Generator().manual_seed(0)
+    wide = randomised(model, generator).eval()
+    widening = Widening()
+    with suppress(Exception), torch.no_grad(), widening:
+        wide(*_random_inputs(inputs, generator))
+    return widening.changed
+
+
+def _verified(
+    model: nn.Module,
+    plan: Plan,
+    inputs: tuple[Any, ...],
+    make: Callable[[nn.Module], nn.Module],
+    zero_: Callable[[nn.Module, Plan], None],
+    mode: str,
+) -> Verification:
+    for draw in range(DRAWS):
+        generator = torch.Generator().manual_seed(draw)
+        masked = randomised(model, generator)
+        small = _made(make, masked)
+        zero_(masked, plan)
+        proof = _Proof(masked, small, plan, _random_inputs(inputs, generator))
+        proof.run()
+        if proof.alive:
+            return Verification(proof.worst, "float64", proof.modes, mode, proof.silent())
     raise VerificationError(
         "the dense network gives the same for all random inputs, so that comparing outputs proves "
         "nothing; pass check=False to go without the proof"
@@ -204,9 +230,10 @@ class _Proof:
                 with Decisions(decided.made, TOLERANCE):
                     got = _run(self._small, self._inputs, way)
             except Exception as error:
+                first_line = str(error).partition("\n")[0]  # of an assertion it is empty
                 raise VerificationError(
                     f"the small network fails in {way.mode} mode with {type(error).__name__}: "
-                    f"{str(error).splitlines()[0]}{self._place(seen, found)}"
+                    f"{first_line}{self._place(seen, found)}"
                 ) from error
         off = _relative_error(wanted, got)
         if not off <= TOLERANCE:
@@ -283,31 +310,6 @@ def randomised(model: nn.Module, generator: torch.Generator) -> nn.Module:
 def _randomise(tensor: Tensor, positive: bool, generator: torch.Generator) -> None:
     numbers = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
     tensor.copy_(numbers + (0.5 if positive else -0.5))
-
-
-def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """A deep copy.
-
-    Args:
-        model: the model.
-        memo: replacements of objects by ``id``.
-
-    Raises:
-        PsapError: something in the model refuses to be copied.
-    """
-    memo = {} if memo is None else memo
-    for _, module in named_modules(model):  # an older weight norm left some
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and value.grad_fn is not None:
-                memo[id(value)] = value.detach().clone()
-    try:
-        with no_collection():  # which would look at all that is there again and again
-            return deep_copy(model, memo)
-    except Exception as error:
-        raise PsapError(
-            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); remove "
-            "what copy.deepcopy refuses, such as open files or tensors that were computed"
-        ) from error
 
 
 def _random_inputs(inputs: tuple[Any, ...], generator: torch.Generator) -> tuple[Any, ...]:

@@ -193,7 +193,12 @@ def test_values_that_are_not_finite_are_named(name: str, value: float) -> None:
 
 
 def test_a_dense_network_that_cannot_do_float64_says_so() -> None:
-    net = Net(lambda m, x: m.b(F.relu(m.a(x)).float()), a=conv(3, 8), b=conv(8, 4))
+    def body(m: Any, x: Tensor) -> Tensor:
+        if x.dtype == torch.float64:
+            raise RuntimeError("a kernel for float32 only")
+        return m.b(F.relu(m.a(x)))
+
+    net = Net(body, a=conv(3, 8), b=conv(8, 4))
     plan = psap.plan(psap.trace(net, image().float()), ratio=0.5)
     with pytest.raises(psap.VerificationError, match=r"dense network itself failed .*RuntimeError"):
         psap.apply(net, plan)
@@ -277,4 +282,54 @@ def test_an_update_that_the_small_network_loses_is_refused(monkeypatch):
     monkeypatch.setattr(shrink, "small_copy", forgetful)
     plan = psap.plan(psap.trace(model, torch.randn(2, 3, 8, 8)), ratio=0.5)
     with pytest.raises(psap.VerificationError, match="module mode"):
+        psap.apply(model, plan, mode="module")
+
+
+class _Timed(nn.Module):
+    """Embeds a number in float32 and computes a norm there, as diffusion models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.embed = conv(3, 8), nn.BatchNorm2d(8), nn.Linear(4, 8)
+        self.last = conv(8, 5)
+        self.scale = torch.ones(1)  # no buffer, so double() does not reach it
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        x = self.norm(self.stem(x)).float()
+        x = (x - x.mean((2, 3), keepdim=True)).type(x.dtype)
+        angles = t[:, None].float() * torch.arange(4, dtype=torch.float32) * self.scale
+        x = x * self.embed(angles.cos())[:, :, None, None]
+        return self.last(F.relu(x) / (x.float().norm(dim=1, keepdim=True).to(x.dtype) + 1))
+
+
+def test_what_forward_casts_to_float32_is_proved_in_float64() -> None:
+    torch.manual_seed(0)
+    model = _Timed()
+    inputs = (image(2, 3, 8, 8).float(), torch.tensor([1, 5]))
+    plan = psap.plan(psap.trace(model, inputs), ratio=0.5)
+    assert [group.name for group in plan.groups] == ["stem"]
+    result = psap.apply(model, plan)
+    assert result.report["verification"]["max_relative_error"] < 1e-12
+    masked = psap.mask(model, plan).eval()
+    assert torch.allclose(result.model.eval()(*inputs), masked(*inputs), atol=1e-5)
+
+
+def test_a_wrong_network_that_casts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _Timed()
+    inputs = (image(2, 3, 8, 8).float(), torch.tensor([1, 5]))
+    plan = psap.plan(psap.trace(model, inputs), ratio=0.5)
+    _broken(monkeypatch, lambda small: _swap(small.stem.weight))
+    with pytest.raises(psap.VerificationError, match="the small network differs"):
+        psap.apply(model, plan, mode="module")
+
+
+def test_an_assertion_without_a_message_is_told() -> None:
+    def body(m: Any, x: Tensor) -> Tensor:
+        x = m.one(x)
+        assert x.shape[1] == m.channels
+        return F.relu(x)
+
+    model = randomise(block(8, body, one=conv(8, 8), channels=8))
+    plan = psap.plan(psap.trace(model, image()), ratio=0.5)
+    with pytest.raises(psap.VerificationError, match="fails in eval mode with AssertionError"):
         psap.apply(model, plan, mode="module")
