@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -10,31 +11,48 @@ from torch import fx, nn
 
 
 class Program(fx.GraphModule):
-    """A graph module that keeps the attributes of the module it stands for, in copies, too.
+    """A graph module that passes for the module it stands for: by its attributes and its class.
 
-    Whoever calls a module may read them: where it stands in a list of layers, its stride.
+    Whoever calls a module may ask for them: where it stands in a list of layers, whether it is one
+    of those that take a second input.
     """
 
-    def keep(self, attributes: dict[str, Any]) -> None:
-        """Take attributes of a module, except those that a graph module has of its own."""
+    @property
+    def __class__(self) -> type:
+        """The class that it stands for, which ``isinstance`` looks at as well."""
+        return vars(self).get("_stands_for", type(self))  # type: ignore[no-any-return]
+
+    @__class__.setter
+    def __class__(self, kind: type) -> None:
+        vars(object)["__class__"].__set__(self, kind)
+
+    def stand_for(self, attributes: dict[str, Any], kind: type | None) -> None:
+        """Take the class and attributes of a module, but those that a graph module has itself."""
         vars(self).update({k: v for k, v in attributes.items() if not hasattr(self, k)})
+        if kind is not None:
+            vars(self)["_stands_for"] = kind
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Program:
         """A copy of everything: that of a graph module has only what its graph uses."""
         made: Program = super().__deepcopy__(memo)  # type: ignore[assignment]
         missing = {k: v for k, v in vars(self).items() if not hasattr(made, k)}
-        made.keep(copy.deepcopy(missing, memo))
+        made.stand_for(copy.deepcopy(missing, memo), None)
         return made
 
     def __reduce__(self) -> Any:
-        """What is unpickled is a program, too."""
-        return _unpickled, super().__reduce__()
+        """What is unpickled is a program, too; of a class that can be imported, if this is one."""
+        make, (attributes, *rest) = super().__reduce__()
+        kind = attributes.pop("_stands_for", None)
+        known = getattr(sys.modules.get(kind.__module__), kind.__qualname__, None) if kind else None
+        return _unpickled, (make, (attributes, *rest), kind if known is kind else None)
 
 
-def _unpickled(make: Callable[..., fx.GraphModule], given: tuple[Any, ...]) -> Program:
+def _unpickled(
+    make: Callable[..., fx.GraphModule], given: tuple[Any, ...], kind: type | None
+) -> Program:
     plain = make(*given)
     made = Program(plain, plain.graph, type(plain).__name__)
-    made.keep(vars(plain))
+    made.stand_for(vars(plain), kind)
     return made
 
 

@@ -145,7 +145,7 @@ def _small(
     for kind, value in vars(body).items():
         if kind in TABLES or kind == "training" or kind.endswith(_HOOKS):
             vars(small)[kind] = value  # all of them, in the order of the model
-    small.keep(vars(body))
+    small.stand_for(vars(body), body.__class__)
     return small
 
 

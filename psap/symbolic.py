@@ -90,6 +90,13 @@ class _Proxy(fx.Proxy):
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
+    def __getattr__(self, name: str) -> Any:
+        return _Attribute(self, name)
+
+
+class _Attribute(fx.proxy.Attribute, _Proxy):
+    """An attribute, such as a shape, whose items forward() may count."""
+
 
 @functools.lru_cache(1024)
 def _unpacked(code: types.CodeType, at: int) -> int | None:

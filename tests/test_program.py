@@ -209,7 +209,7 @@ class _Layers(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         saved: list[Tensor] = []
         for layer in self.layers:
-            x = layer(x)
+            x = layer(x, None) if isinstance(layer, _Gated) else layer(x)
             saved += [x] * layer.kept[0]
             assert layer.number < len(self.layers)
         return torch.cat([x.mean((2, 3)), saved[-1].mean((2, 3))], 1)
@@ -228,6 +228,7 @@ def test_programs_that_share_code_keep_attributes_of_their_own() -> None:
 @pytest.mark.parametrize("inplace", [False, True])
 def test_a_program_keeps_what_others_read_of_its_module(inplace: bool) -> None:
     model = randomise(_Layers(conv(3, 8), _Gated(), conv(8, 8), conv(8, 5)))
+    name = _Gated.__name__
     plan = psap.plan(psap.trace(model, image()), ratio=0.5)
     before = copy.deepcopy(model)
     small = psap.apply(model, plan, inplace=inplace).model
@@ -237,8 +238,35 @@ def test_a_program_keeps_what_others_read_of_its_module(inplace: bool) -> None:
     loaded = copy.deepcopy(ForkingPickler.loads(ForkingPickler.dumps(small)))
     for net in (small, again, loaded):
         assert (net.layers[1].number, net.layers[1].kept) == (1, [False])
+        assert isinstance(net.layers[1], _Gated) and isinstance(net.layers[1], torch.fx.GraphModule)
         assert_exact(before, plan, net, (image(),))
     assert again.layers[1].kept is not program.kept
+    assert _Gated.__name__ == name
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_a_program_of_a_class_that_cannot_be_imported_is_pickled(local: bool) -> None:
+    kind = type("Hidden", (_Gated,), {}) if local else _Gated
+    part = _apply(_around(kind()), "auto").model.inner
+    again = ForkingPickler.loads(ForkingPickler.dumps(part))
+    x = torch.rand(1, part.conv.in_channels, 8, 8, dtype=torch.float64)
+    assert isinstance(part, kind) and isinstance(again, _Gated) is not local
+    assert torch.equal(again(x), part(x))
+
+
+def test_dimensions_are_counted_off_the_example() -> None:
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = conv(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            gate = self.conv(x).view(-1, 8, 64).mean(2)
+            while len(gate.shape) < len(x.shape):
+                gate = gate[..., None]
+            return x * gate
+
+    assert _apply(_around(Wide())).mode == "graph"
 
 
 def test_a_shared_module_becomes_one_program() -> None:
