@@ -79,7 +79,7 @@ class _Copier:
         made: nn.Module = object.__new__(kind)
         self._memo[id(value)] = made
         state: dict[str, Any] = {}
-        for key, part in vars(value).items():  # dictionaries that every module has are walked here
+        for key, part in value.__getstate__().items():  # without what `nn.Module.compile` made
             form = type(part)
             if form in _ATOMS:
                 state[key] = part

@@ -285,8 +285,8 @@ def apply(
         The small model, its optimizer, the plan, and the proof.
 
     Raises:
-        ArgumentError: the plan, the optimizer or a friend belongs to another model, or a value is
-            unknown.
+        ArgumentError: the plan, the optimizer or a friend belongs to another model, a value is
+            unknown, or a copy of the model still runs parts of it.
         ArgumentTypeError: an argument has the wrong type.
         PsapError: state of an optimizer cannot be cut by channel, or a friend cannot be copied.
         VerificationError: the small network differs; names the first layer that does. Or the dense

@@ -11,12 +11,18 @@ from torch import Tensor, nn
 from psap.members import named_modules, put_training
 
 Kind = tuple[torch.dtype, torch.device]
+COMPILED = "_compiled_call_impl"
+"""The attribute of a module in which ``nn.Module.compile`` keeps what it made."""
 
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Put back train flags, buffers and the random state when the block ends."""
+    """Put back train flags, buffers and the random state when the block ends.
+
+    In the block the model runs as it is written, also where ``nn.Module.compile`` was called.
+    """
     flags = [(module, module.training) for _, module in named_modules(model)]
+    compiled = {m: vars(m).pop(COMPILED) for m, _ in flags if vars(m).get(COMPILED) is not None}
     parts = [t for m, _ in flags for t in (*m._parameters.values(), *m._buffers.values())]
     held = {id(t): t for m, _ in flags for t in m._buffers.values() if t is not None}
     saved = _joined(held.values())
@@ -28,6 +34,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
             for module, training in flags:
                 if module.training is not training:
                     put_training(module, training)
+            for module, call in compiled.items():
+                vars(module)[COMPILED] = call
             _put_back(held.values(), saved)
 
 

@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from psap.copying import copied
 from psap.decisions import Decisions
-from psap.errors import VerificationError
+from psap.errors import ArgumentError, VerificationError
+from psap.foreign import Foreign
 from psap.graph.outputs import NoDropout, output_tensors
 from psap.layerwise import Glimpse, first_difference, glimpses, stopped_at
 from psap.plans import Plan
@@ -81,6 +82,7 @@ def verify(
     Raises:
         VerificationError: the outputs differ, or the small network fails; names the first layer. Or
             there is nothing to compare: the dense network fails, or gives the same for all inputs.
+        ArgumentError: a copy of the model still runs parts of the model.
     """
     with untouched(model):
         try:
@@ -116,7 +118,7 @@ def _verified(
         small = _made(make, masked)
         zero_(masked, plan)
         proof = _Proof(masked, small, plan, _random_inputs(inputs, generator))
-        proof.run()
+        proof.run(model)
         if proof.alive:
             return Verification(proof.worst, "float64", proof.modes, mode, proof.silent())
     raise VerificationError(
@@ -163,12 +165,17 @@ class _Proof:
         self._settled = False
         self._silent: dict[str, bool] = {}
 
-    def run(self) -> None:
+    def run(self, model: nn.Module) -> None:
         """Compare in evaluation mode, and in both with activation functions that are not flat.
+
+        Args:
+            model: what the dense network is a copy of.
 
         Raises:
             VerificationError: the networks differ, or the dense one fails in both modes.
+            ArgumentError: it still runs parts of the model.
         """
+        self._foreign = Foreign(model, self._masked)
         self._compare(_Way(training=False, sloping=True))
         self._compare(_Way(training=False, sloping=False))
         if not self._compare(_Way(training=True, sloping=True)):
@@ -192,8 +199,11 @@ class _Proof:
                 self._watched(self._masked, way) as seen,
                 settling(self._masked, settles) as stats,
                 decided,
+                nullcontext() if way.mode in self.modes else self._foreign,
             ):
                 wanted = _run(self._masked, self._inputs, way)
+        except ArgumentError:
+            raise
         except Exception as error:  # the dense network itself cannot run in this mode
             self._failure = f"{type(error).__name__}: {error}"
             return False
