@@ -294,7 +294,7 @@ def _groups(graph: Graph) -> tuple[Table, Table]:
         found = part(graph, group)
         size = f"{group.size} ({found})" if found else str(group.size)
         table.add_row(escape(group.name), size, f"{share:.1%}", escape(layers))
-    alone = Table("layer", "reason", title=f"{len(graph.left_alone)} layers left alone")
+    alone = Table("layer", "reason", title=f"left alone: {len(graph.left_alone)}")
     for layer, reason in graph.left_alone.items():
         alone.add_row(escape(layer), escape(reason))
     return table, alone

@@ -288,9 +288,8 @@ def plan(
     choices.check_whole("seed", seed, 0)
     tensors = _fresh_tensors(graph)
     cost = CostModel(graph, latency)
-    sizes = [group.size for group in graph.groups]
     least = choices.floors(graph, checked_floors("floors", floors or {}))
-    bounds = schedule.limits(sizes, 1.0, min_channels, round_to, least)
+    bounds = schedule.limits([g.size for g in graph.groups], 1.0, min_channels, round_to, least)
     alpha = 0.5 if ratio is None else None
     stats = scores.measure(graph, tensors, alpha, "l1" if score == "l1" else "l2")
     if ratio is not None:
@@ -319,9 +318,29 @@ def _check_call(graph: Any, ratio: Any, target: Any) -> None:
 def nothing_to_prune(graph: Graph) -> TargetError:
     """The error for a graph without groups."""
     reasons = [f"{name}: {why}" for name, why in list(graph.left_alone.items())[:5]]
-    frozen = any("requires_grad is False" in why for why in graph.left_alone.values())
-    mend = "; call requires_grad_(True) on what may be pruned" if frozen else ""
+    mend = f"; {_UNFREEZE}" if _frozen(graph) else ""
     return TargetError("no layer of this model can be pruned: " + "; ".join(reasons) + mend)
+
+
+_UNFREEZE = "call requires_grad_(True) on what may be pruned"
+
+
+def _frozen(graph: Graph) -> list[str]:
+    """Why layers stay that frozen parameters keep."""
+    return [why for why in graph.left_alone.values() if "requires_grad is False" in why]
+
+
+def _what_stays(graph: Graph) -> str:
+    """How many layers cannot be pruned, as the end of a sentence, and what mends it."""
+    frozen = _frozen(graph)
+    if frozen:
+        return f"; {_count(frozen)} because {frozen[0]}, for one: {_UNFREEZE}"
+    rest = [(n, why) for n, why in graph.left_alone.items() if why != "output of the model"]
+    return f"; {_count(rest)}, {rest[0][0]} for one ({rest[0][1]})" if rest else ""
+
+
+def _count(layers: Sequence[Any]) -> str:
+    return "1 layer stays" if len(layers) == 1 else f"{len(layers)} layers stay"
 
 
 def _fresh_tensors(graph: Graph) -> dict[str, Tensor]:
@@ -353,11 +372,11 @@ def solve_target(
     spared = scores.summands(graph) ** -Config.stream_power
     budget, power = Budget(cost, target), Config.sparsity_power
     widths = schedule.solve(sparsity, spared, power, bounds, budget.fits, budget.room)
-    require(cost, widths, target)
+    require(graph, cost, widths, target)
     return widths
 
 
-def require(cost: CostModel, widths: schedule.Ints, target: Target) -> None:
+def require(graph: Graph, cost: CostModel, widths: schedule.Ints, target: Target) -> None:
     """Check that widths meet a target.
 
     Raises:
@@ -377,5 +396,5 @@ def require(cost: CostModel, widths: schedule.Ints, target: Target) -> None:
     raise TargetError(
         f"Target({bounds}) cannot be met: the smallest network that these limits allow keeps "
         f"{', '.join(kept[:-1])} and {kept[-1]}; raise the target, or lower min_channels or "
-        "floors, or raise max_ratio"
+        f"floors, or raise max_ratio{_what_stays(graph)}"
     )

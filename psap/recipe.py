@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from psap.errors import ArgumentError, ArgumentTypeError, FileError
 from psap.files import Path_, read, write
+from psap.graph.inputs import check_model
 from psap.plans import Plan
 from psap.program import program
-from psap.shrink import Result, check_plan, small_copy
+from psap.shrink import Result, other_model, small_copy
+from psap.untouched import trainable
 
 FORMAT = "psap-recipe"
 VERSION = 1
@@ -105,6 +107,7 @@ class Saved:
     aliases: Mapping[str, Any]
     plan: Plan
 
+    @trainable
     def rebuild(self, factory: Callable[[], nn.Module]) -> nn.Module:
         """The small network, as `load` gives it.
 
@@ -118,18 +121,24 @@ class Saved:
             raise ArgumentTypeError(
                 f"factory returned a {type(dense).__name__}; return the dense nn.Module"
             )
-        try:
-            check_plan(dense, self.plan)
-        except ArgumentError as error:
+        dense = check_model(dense)
+        difference = other_model(dense, self.plan)
+        if difference:
+            names = {*self.tensors, *self.aliases}
+            difference = _odd(dense, self.plan, names, self.tensors) or difference
             raise ArgumentError(
-                f"factory() does not build the network that {self.path} was cut from: {error}"
-            ) from error
+                f"factory() does not build the network that {self.path} was cut from: "
+                f"{difference}; build it with the arguments of that time, such as num_classes (a "
+                "network that was pruned twice: lambda: psap.load(path of the first small "
+                "network, factory))"
+            )
         make = small_copy if self.mode == "module" else _program
         small = make(dense, self.plan)
         _fill(small, self.tensors, self.aliases, self.path)
         return small
 
 
+@trainable
 def load(path: Path_, factory: Callable[[], nn.Module]) -> nn.Module:
     """Rebuild a small network from the dense architecture and a saved file.
 
@@ -151,6 +160,23 @@ def load(path: Path_, factory: Callable[[], nn.Module]) -> nn.Module:
             "factory must build the dense model, for example lambda: resnet20()"
         )
     return read_saved(path).rebuild(factory)
+
+
+def _odd(dense: nn.Module, plan: Plan, names: set[str], tensors: Mapping[str, Tensor]) -> str:
+    """The first tensor of a dense model that cannot have become what is in the file, in words."""
+    kept, state = plan.kept(), dense.state_dict()
+    for name, tensor in state.items():
+        if name not in names:
+            return f"it has {name}, which is not in the file"
+        cut = kept.get(name, {})
+        small = [len(cut[d]) if d in cut else size for d, size in enumerate(tensor.shape)]
+        if name in tensors and small != list(tensors[name].shape):
+            return (
+                f"its {name} has shape {tuple(tensor.shape)}, which would be {tuple(small)} when "
+                f"pruned; in the file it has {tuple(tensors[name].shape)}"
+            )
+    absent = sorted(names - set(state))
+    return f"it has no {absent[0]}" if absent else ""
 
 
 def read_saved(path: Path_) -> Saved:

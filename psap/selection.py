@@ -26,7 +26,7 @@ def require_target(graph: Graph, cost: CostModel, config: Config) -> None:
     if not graph.groups:
         raise plans.nothing_to_prune(graph)
     floors = np.array([b.nearest(b.floor) for b in bounds(graph, config)])
-    plans.require(cost, floors, config.target)
+    plans.require(graph, cost, floors, config.target)
 
 
 def bounds(graph: Graph, config: Config) -> list[schedule.Limits]:

@@ -23,6 +23,7 @@ from psap.members import all_tensors, named_modules
 from psap.plans import Plan, fingerprint
 from psap.program import program
 from psap.ranks import Ranks
+from psap.untouched import trainable
 from psap.verify import Verification, require_finite, verify
 
 Mode = Literal["auto", "module", "graph"]
@@ -64,25 +65,29 @@ def check_plan(model: nn.Module, plan: Plan) -> nn.Module:
     model = check_model(model)
     if not isinstance(plan, Plan):
         raise ArgumentTypeError(f"plan is a {type(plan).__name__}; pass what psap.plan returned")
+    difference = other_model(model, plan)
+    if difference:
+        raise ArgumentError(
+            f"the plan was made for another model: {difference}; make a new plan with "
+            "psap.plan(psap.trace(model, example_inputs), ...)"
+        )
+    return model
+
+
+def other_model(model: nn.Module, plan: Plan) -> str:
+    """The first difference between a model and that of a plan, in words; "" if there is none."""
     tensors = all_tensors(model)
     for side in plan.sides:
         tensor = tensors.get(side.name)
         if tensor is None:
-            raise ArgumentError(
-                f"the plan was made for another model: this {type(model).__name__} "
-                f"has no {side.name!r}"
-            )
+            return f"this {type(model).__name__} has no {side.name!r}"
         if not 0 <= side.dim < tensor.dim() or tensor.shape[side.dim] != side.size:
-            raise ArgumentError(
-                f"the plan was made for another model: {side.name} has shape "
-                f"{tuple(tensor.shape)}, the plan expects {side.size} along dimension {side.dim}"
+            return (
+                f"{side.name} has shape {tuple(tensor.shape)}, the plan expects {side.size} along "
+                f"dimension {side.dim}"
             )
-    if plan.architecture != fingerprint(model, tensors):
-        raise ArgumentError(
-            "the plan was made for another model: the names or shapes of its parameters differ; "
-            "make a new plan with psap.plan(psap.trace(model, example_inputs), ...)"
-        )
-    return model
+    same = plan.architecture == fingerprint(model, tensors)
+    return "" if same else "the names or shapes of its parameters differ"
 
 
 def gather(tensor: Tensor, kept: Mapping[int, tuple[int, ...]]) -> Tensor:
@@ -131,6 +136,7 @@ def gather_all(
     return small
 
 
+@trainable
 def mask(model: nn.Module, plan: Plan) -> nn.Module:
     """The dense network with the plan's channels set to zero: what the small one must equal.
 
@@ -246,6 +252,7 @@ def _refit_conv(module: nn.modules.conv._ConvNd, weight: Tensor) -> None:
 
 
 @called("psap.apply(model, plan, optimizer=optimizer)")
+@trainable
 def apply(
     model: nn.Module,
     plan: Plan,

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from psap.members import named_modules, put_training
 
+Given = ParamSpec("Given")
+Made = TypeVar("Made")
 Kind = tuple[torch.dtype, torch.device]
 COMPILED = "_compiled_call_impl"
 """The attribute of a module in which ``nn.Module.compile`` keeps what it made."""
+
+
+def trainable(call: Callable[Given, Made]) -> Callable[Given, Made]:
+    """Let a function make tensors that can be trained, also in `torch.inference_mode`."""
+
+    @functools.wraps(call)
+    def outside(*args: Given.args, **options: Given.kwargs) -> Made:
+        if not torch.is_inference_mode_enabled():
+            return call(*args, **options)
+        with torch.inference_mode(False), torch.no_grad():  # the first alone turns gradients on
+            return call(*args, **options)
+
+    return outside
 
 
 @contextmanager

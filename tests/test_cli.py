@@ -170,7 +170,7 @@ def test_inspect(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "6 channel groups, 763,520 MACs, 77,754 parameters" in out
     assert "stage3.conv1" in out
-    assert "1 layers left alone" in out and "output of the model" in out
+    assert "left alone: 1" in out and "output of the model" in out
 
 
 def test_inspect_names_the_groups_of_padded_shortcuts(capsys: pytest.CaptureFixture[str]) -> None:

@@ -200,6 +200,32 @@ def test_a_file_that_computes_something_else_is_not_kept(
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["net"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_dtype_that_onnx_runtime_does_not_know(dtype: torch.dtype, tmp_path: Path) -> None:
+    model, x, path = Chain().to(dtype), inputs().to(dtype), tmp_path / "a.onnx"
+    with pytest.raises(psap.PsapError, match=rf"run the file of this {dtype} .*\.float\(\) with"):
+        psap.export_onnx(model, path, x)
+    assert os.listdir(tmp_path) == []
+    assert psap.export_onnx(model, path, x, check=False) is None
+    assert path.exists()
+
+
+def test_half_precision_is_compared_in_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x, path = Chain().half(), inputs().half(), tmp_path / "a.onnx"
+    assert psap.export_onnx(model, path, x) is not None
+    outputs = run_onnx(path, x)
+    for off, fits in ((4, True), (40, False)):
+        other = [y + off * torch.finfo(y.dtype).eps for y in outputs]
+        monkeypatch.setattr("psap.export._expected", lambda *_, other=other: other)
+        if fits:
+            assert psap.export_onnx(model, path, x) > 1e-4
+        else:
+            with pytest.raises(psap.VerificationError, match="differs from PyTorch"):
+                psap.export_onnx(model, path, x)
+
+
 @pytest.mark.parametrize("package", ["onnxruntime", "onnxscript"])
 def test_a_missing_package_is_named_with_the_command(
     package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -106,7 +106,7 @@ class Graph:
         channels = sum(group.size for group in self.groups)
         return (
             f"Graph({type(self.model).__name__}: {len(self.groups)} groups, {channels} channels, "
-            f"{len(self.left_alone)} layers left alone)"
+            f"{len(self.left_alone)} left alone)"
         )
 
 

@@ -318,7 +318,7 @@ def test_a_table_is_named_and_not_its_module() -> None:
 def test_unknown_ops_are_counted() -> None:
     graph = psap.trace(randomise(CASES["unknown op"].make()), image())
     assert graph.unknown_ops == {"aten.cumsum": 1}
-    assert repr(graph) == "Graph(Net: 2 groups, 14 channels, 2 layers left alone)"
+    assert repr(graph) == "Graph(Net: 2 groups, 14 channels, 2 left alone)"
 
 
 def test_repeated_traces_are_the_same() -> None:
