@@ -199,10 +199,43 @@ class _Left:
         )
 
 
+class _Scheduled:
+    """Before steps of an optimizer: warns, once, if it is the one before it that is scheduled.
+
+    Args:
+        optimizer: the one whose place it has taken.
+        kept: the optimizer.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, kept: torch.optim.Optimizer) -> None:
+        self.former, self.rates = weakref.ref(optimizer), _rates(optimizer)
+        self.handle = kept.register_step_pre_hook(self)
+
+    def __call__(self, *_: Any) -> None:
+        former = self.former()
+        if former is not None and _rates(former) == self.rates:
+            return
+        self.handle.remove()
+        if former is not None:
+            warnings.warn(
+                f"the learning rate of the {type(former).__name__} from before finish() changes, "
+                "and that of result.optimizer does not: a scheduler still drives the old one. Go "
+                "on with result.friends[0] of finish(friends=[scheduler]), or make a new scheduler",
+                PsapWarning,
+                stacklevel=3,
+            )
+
+
+def _rates(optimizer: torch.optim.Optimizer) -> list[float]:
+    """The learning rates that are plain numbers: what a tensor holds, a GPU must be asked for."""
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    return [rate for rate in rates if isinstance(rate, (int, float))]
+
+
 def leave(
     optimizer: torch.optim.Optimizer, kept: torch.optim.Optimizer | None, friends: Sequence[Any]
 ) -> None:
-    """Let optimizers warn, once, if they go on after small networks have taken their place.
+    """Let optimizers warn, once, if they or their schedulers go on after small networks came.
 
     Args:
         optimizer: that of the model.
@@ -211,6 +244,8 @@ def leave(
     """
     with_new = "Make a new optimizer from result.model.parameters()"
     _Left(optimizer, with_new if kept is None else "Go on with result.optimizer")
+    if kept is not None:
+        _Scheduled(optimizer, kept)
     for at, friend in enumerate(friends):
         if isinstance(friend, torch.optim.Optimizer) and friend is not optimizer:
             _Left(friend, f"Go on with result.friends[{at}]")

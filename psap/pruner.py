@@ -29,6 +29,7 @@ from psap.pruner_state import (
     Pace,
     Pruned,
     configured,
+    progress,
     prune_event,
     read_state,
     require_inplace,
@@ -108,14 +109,16 @@ class Pruner:
         self._window = Window(len(self._alive), self.gates.device)
         self._sparsity: Floats | None = None
         self._factors: Floats = np.ones(len(self.graph.groups))
-        self._step = self._calls = self._iteration = 0
-        self._left = 0
+        self._step = self._calls = self._iteration = self._left = 0
         self._final = self._finished = self._closed = False
         self._keep_optimizer, self._checked = keep_optimizer, not keep_optimizer
         self._pace = Pace()
         self.events: list[PruneEvent | WindowEvent] = []
         self._times, hooks = HookTime(), (self._before_optimizer, self._after_optimizer)
         self._hooks = optim.attach(optimizer, *hooks, self._times)
+
+    def __repr__(self) -> str:
+        return progress(self.graph, self._step, self.config.prune_steps, self.events)
 
     @property
     def done(self) -> bool:
@@ -264,9 +267,8 @@ class Pruner:
             )
             self._factors = priced[1]
         when = {"step": self._step, "iteration": self._iteration}
-        self.events.append(
-            window_event(self._lineage, self._window, verdict, self._fresh, priced, **when)
-        )
+        event = window_event(self._lineage, self._window, verdict, self._fresh, priced, **when)
+        self.events.append(event)
         stays, self._fresh = self._alive | self._fresh, np.zeros_like(self._alive)
         if last:
             self._finalise()
@@ -299,7 +301,7 @@ class Pruner:
 
         Warns:
             PsapWarning: prune steps were still due. And later, if an optimizer that is not in the
-                result makes a step.
+                result makes a step, or is what a scheduler drives.
         """
         self._require_ready("finish")
         keep = keep_optimizer and self._keep_optimizer
@@ -329,11 +331,10 @@ class Pruner:
         """Make the masks final now."""
         if self._left:
             self._close_window()
-        if not self._final:
-            if self._step < self.config.prune_steps:
-                self._prune(self.config.prune_steps)
-            if self._left:
-                self._close_window()
+        if self._step < self.config.prune_steps:
+            self._prune(self.config.prune_steps)
+        if self._left:
+            self._close_window()
 
     def close(self) -> None:
         """Give the optimizer up, so that another `Pruner` can use it; `finish` does this itself.

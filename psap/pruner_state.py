@@ -260,11 +260,20 @@ def check_training(optimizer: torch.optim.Optimizer, friends: Sequence[Any], gra
         )
 
 
+def progress(graph: Graph, step: int, steps: int, events: Sequence[Any]) -> str:
+    """How far a pruner is, for people who print it."""
+    shares = [event.macs_share for event in events if isinstance(event, PruneEvent)]
+    return (
+        f"Pruner({type(graph.model).__name__}: {len(graph.groups)} groups, prune step {step} of "
+        f"{steps}, MACs {100 * [1.0, *shares][-1]:.1f} % kept)"
+    )
+
+
 def warn_due(due: int, steps: int) -> None:
     """Warn the caller of `psap.Pruner.finish` of prune steps that were still due."""
     warnings.warn(
         f"finish() makes up for {due} of {steps} prune steps at once, which costs accuracy; train "
-        "for more epochs, with step() after each, or lower Config.prune_steps",
+        "for more epochs, with step() after each, or lower Config.prune_steps (warmup, interval)",
         PsapWarning,
         stacklevel=3,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -47,9 +47,13 @@ class Result:
     optimizer: torch.optim.Optimizer | None
     plan: Plan
     mode: Literal["module", "graph"]
-    inputs: tuple[Any, ...] | None = field(repr=False)
-    report: dict[str, Any] = field(repr=False)
-    friends: tuple[Any, ...] = field(default=(), repr=False)
+    inputs: tuple[Any, ...] | None
+    report: dict[str, Any]
+    friends: tuple[Any, ...] = ()
+
+    def __repr__(self) -> str:
+        optimizer = "no optimizer" if self.optimizer is None else type(self.optimizer).__name__
+        return f"Result({type(self.model).__name__}, {optimizer}, {self.mode} mode, {self.plan})"
 
 
 def check_plan(model: nn.Module, plan: Plan) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -366,3 +366,15 @@ def test_finish_in_place_keeps_every_object() -> None:
     train(model.train(), opt, iterations=2)
     rate.step()
     assert not opt._optimizer_step_pre_hooks and not opt._optimizer_step_post_hooks
+
+
+def test_a_pruner_and_a_result_can_be_printed() -> None:
+    model, opt, pruner = make("chain", prune_steps=2)
+    assert repr(pruner) == "Pruner(Chain: 2 groups, prune step 0 of 2, MACs 100.0 % kept)"
+    train(model, opt, pruner)
+    share = 100 * pruner.events[0].macs_share  # type: ignore[union-attr]
+    assert repr(pruner) == f"Pruner(Chain: 2 groups, prune step 1 of 2, MACs {share:.1f} % kept)"
+    train(model, opt, pruner)
+    result = pruner.finish()
+    assert repr(result) == f"Result(Chain, SGD, module mode, {result.plan})"
+    assert "no optimizer" in repr(replace(result, optimizer=None))

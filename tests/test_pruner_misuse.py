@@ -129,12 +129,6 @@ def test_finish_says_how_many_prune_steps_it_made_up_for() -> None:
     assert result.plan.after.macs <= 0.4 * result.plan.before.macs
 
 
-def test_the_result_has_a_short_plan() -> None:
-    model, opt, pruner = make("chain", prune_steps=1)
-    train(model, opt, pruner)
-    assert "plan=Plan(2 groups, MACs " in repr(pruner.finish())
-
-
 # Training that cannot work
 
 
@@ -252,6 +246,46 @@ def test_old_optimizers_among_the_friends_say_it_too() -> None:
     with pytest.warns(psap.PsapWarning, match=r"the SGD from .*result\.friends\[2\]; "):
         last.step()  # in the scheduler's wrapper, so that the warning names another line
     _warned(opt, r"the SGD from .*Go on with result\.optimizer; ")
+
+
+def _scheduled(*, carried: bool) -> tuple[torch.optim.Optimizer, Any, psap.Result]:
+    model, opt, pruner = make("chain", prune_steps=1)
+    scheduler = torch.optim.lr_scheduler.StepLR(opt, 1)
+    train(model, opt, pruner)
+    result = pruner.finish(friends=[scheduler] if carried else [])
+    backward(result.model, result.optimizer, 0)
+    return opt, scheduler, result
+
+
+def test_a_scheduler_of_the_old_optimizer_is_noticed() -> None:
+    opt, scheduler, result = _scheduled(carried=False)
+    result.optimizer.step()
+    rate = result.optimizer.param_groups[0]["lr"]
+    scheduler.step()
+    _warned(
+        result.optimizer, r"the learning rate of the SGD from before finish\(\) changes, and th"
+    )
+    assert result.optimizer.param_groups[0]["lr"] == rate != opt.param_groups[0]["lr"]
+
+
+@pytest.mark.parametrize("carried", [False, True])
+def test_a_new_scheduler_and_one_that_went_along_are_silent(carried: bool) -> None:
+    _, scheduler, result = _scheduled(carried=carried)
+    new: Any = torch.optim.lr_scheduler.StepLR(result.optimizer, 1)  # type: ignore[arg-type]
+    for _ in range(2):
+        result.optimizer.step()
+        (result.friends[0] if carried else new).step()
+    assert scheduler.optimizer.param_groups[0]["lr"] != result.optimizer.param_groups[0]["lr"]
+
+
+def test_the_watch_on_the_old_optimizer_ends_with_it() -> None:
+    opt, scheduler, result = _scheduled(carried=False)
+    hooks = result.optimizer._optimizer_step_pre_hooks
+    assert len(hooks) == 1
+    del opt, scheduler
+    gc.collect()
+    result.optimizer.step()
+    assert len(hooks) == 0
 
 
 def test_without_an_optimizer_in_the_result_a_new_one_is_asked_for() -> None:
