@@ -131,7 +131,7 @@ def inspect(*, arch: str, num_classes: int = 10, input: str | None = None) -> in
     Args:
         arch: resnet20, vgg16_bn, ... or package.module:factory.
         num_classes: classes of the model.
-        input: shape of one input; 3,32,32 by default, 1,8,8 for digits_resnet.
+        input: shape of one input, also in 1d or 3d; 3,32,32 by default, 1,8,8 for digits_resnet.
     """
     import psap
     from psap.models import create
@@ -160,7 +160,7 @@ def latency(
         arch: resnet20, vgg16_bn, ... or package.module:factory.
         table: file of the times; made if there is none, and used again if there is.
         num_classes: classes of the model.
-        input: shape of one input; 3,32,32 by default, 1,8,8 for digits_resnet.
+        input: shape of one input, also in 1d or 3d; 3,32,32 by default, 1,8,8 for digits_resnet.
         target_latency: kept share of the predicted latency of the network that is tried; by default
             half of every layer goes.
         threads: CPU threads of one operator.
@@ -325,8 +325,11 @@ def _zeros(text: str) -> Tensor:
         shape = [int(part) for part in text.split(",")]
     except ValueError:
         shape = []
-    if len(shape) != 3 or min(shape) < 1:
-        raise ArgumentError(f"input is {text!r}; pass channels,height,width, such as 3,32,32")
+    if not 2 <= len(shape) <= 4 or min(shape) < 1:
+        raise ArgumentError(
+            f"input is {text!r}; pass channels,height,width, such as 3,32,32 (channels,length for "
+            "a network in 1d)"
+        )
     return torch.zeros([2, *shape])
 
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -127,7 +128,8 @@ def environment() -> dict[str, str]:
 
 def command_line() -> str:
     """What was typed, without the folder of the program."""
-    program = sys.argv[0].rpartition("/")[2]
+    path = Path(sys.argv[0])
+    program = f"python -m {path.parent.name}" if path.name == "__main__.py" else path.name
     return " ".join([program, *sys.argv[1:]])
 
 
@@ -149,8 +151,8 @@ def _layer(dense: nn.Module, before: LayerCost, after: LayerCost) -> dict[str, A
     return {
         "name": name,
         "kind": type(owner).__name__ if owner is not None else "",
-        "before": _width(before),
-        "after": _width(after),
+        "before": _width(before, owner),
+        "after": _width(after, owner),
         "macs_before": before.macs,
         "macs_after": after.macs,
         "parameters_before": math.prod(before.shape),
@@ -158,9 +160,20 @@ def _layer(dense: nn.Module, before: LayerCost, after: LayerCost) -> dict[str, A
     }
 
 
-def _width(layer: LayerCost) -> list[int]:
-    """[out, in] of a weight [O, I, ...]."""
-    return [*layer.shape[:2], 1, 1][:2]
+def _width(layer: LayerCost, owner: nn.Module | None) -> list[int]:
+    """[out, in] of a weight [O, I / groups, ...] or, of a transposed convolution, [I, O / groups].
+
+    Args:
+        layer: the weight, dense or small.
+        owner: its module, dense or small: one group per channel stays that, other counts stay.
+    """
+    first, second = [*layer.shape[:2], 1, 1][:2]
+    if not isinstance(owner, nn.modules.conv._ConvNd):
+        return [first, second]
+    groups = owner.groups
+    if 1 < groups == owner.in_channels:
+        groups = first if owner.transposed else first // (owner.out_channels // groups)
+    return [second * groups, first] if owner.transposed else [first, second * groups]
 
 
 def _compare(result: Result, measured: Measured) -> dict[str, Any]:

@@ -309,6 +309,7 @@ class Run:
         """
         if self.result is None:
             raise StateError("the network is not shrunk yet; finish all epochs first")
+        listener.note("testing, timing and exporting the small network")
         small = self.folder / "small.safetensors"
         psap.save(self.result, small)
         atomic_write(self.folder / "plan.json", self.result.plan.to_json())

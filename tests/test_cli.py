@@ -36,6 +36,11 @@ def takes_arguments(width: int) -> nn.Module:
     return nn.Linear(width, width)
 
 
+def heard() -> nn.Module:
+    """A network in one dimension: 64 * (8 * 3 + 2 * 8 * 3) MACs for inputs [N, 1, 64]."""
+    return nn.Sequential(nn.Conv1d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv1d(8, 2, 3, padding=1))
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run."""
@@ -178,10 +183,16 @@ def test_inspect_names_the_groups_of_padded_shortcuts(capsys: pytest.CaptureFixt
     assert "12 channel groups" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text", ["3,x", "3,32", "0,8,8"])
+def test_inspect_takes_a_network_in_one_dimension(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "--arch", "test_cli:heard", "--input", "1,64"]) == 0
+    assert "1 channel groups, 4,608 MACs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["3,x", "3", "0,8,8", "1,2,3,4,5"])
 def test_inspect_refuses_a_shape(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert fails(["inspect", "--arch", "resnet20", "--input", text], capsys) == (
-        f"input is {text!r}; pass channels,height,width, such as 3,32,32"
+        f"input is {text!r}; pass channels,height,width, such as 3,32,32 (channels,length for a "
+        "network in 1d)"
     )
 
 

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import report_records as records
+import torch
 from pruner_nets import NETS, inputs, labels
 from test_report import check, drawings
-from torch import optim
+from torch import Tensor, nn, optim
 from torch.nn import functional as F
 
 import psap
@@ -203,3 +204,54 @@ def test_text_below_a_chart_keeps_its_distance() -> None:
     page = report.render(records.make(records.residual(7), steps=5))
     assert re.search(r'class="maps">.*</div><p>\d+ channels are gone', page, re.S)
     assert ".maps+p,.tall+p{margin-top:20px}" in page
+
+
+class Kinds(nn.Module):
+    """A convolution of every kind: of a grey image, depthwise, grouped, and transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(1, 12, 3, padding=1)
+        self.depth = nn.Conv2d(12, 24, 3, padding=1, groups=12)
+        self.grouped = nn.Conv2d(24, 16, 3, padding=1, groups=2)
+        self.up = nn.ConvTranspose2d(16, 10, 2, stride=2)
+        self.each = nn.ConvTranspose2d(10, 10, 2, groups=10)
+        self.last = nn.Conv2d(10, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.grouped(F.relu(self.depth(F.relu(self.one(x))))))
+        return self.last(F.relu(self.each(F.relu(self.up(x)))))
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_widths_are_outputs_and_inputs_of_every_kind_of_layer(given: bool) -> None:
+    torch.manual_seed(0)
+    model = Kinds()
+    plan = psap.plan(psap.trace(model, torch.randn(2, 1, 8, 8)), ratio=0.5)
+    result = psap.apply(model, plan)
+    layers = record.build(result, dense=model if given else None)["layers"]
+    assert [entry["name"] for entry in layers] == [name for name, _ in model.named_children()]
+    for entry in layers:
+        for network, found in ((model, entry["before"]), (result.model, entry["after"])):
+            conv = network.get_submodule(entry["name"])
+            assert found == [conv.out_channels, conv.in_channels], entry["name"]
+    assert layers[3]["before"] == [10, 16] and layers[3]["after"] == [5, 8]
+
+
+def test_the_accuracy_when_pruning_began_is_in_the_page() -> None:
+    _, result = pruned()
+    measured = record.Measured(began_accuracy=0.875, small_accuracy=0.75)
+    page = report.render(record.build(result, measured=measured))
+    row = re.search(r"Accuracy when pruning began</t[dh]>.*?</tr>", page)
+    assert row and re.sub(r"\s", " ", row[0]).count("87.50 %") == 1
+    assert "when pruning began" not in report.render(record.build(result))
+
+
+@pytest.mark.parametrize(
+    ("path", "shown"), [("/usr/bin/psap", "psap"), ("/x/psap/__main__.py", "python -m psap")]
+)
+def test_the_command_is_what_was_typed(
+    path: str, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", [path, "prune", "--grey"])
+    assert record.command_line() == f"{shown} prune --grey"

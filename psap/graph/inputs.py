@@ -23,14 +23,15 @@ def as_inputs(example_inputs: Any) -> tuple[Any, ...]:
         example_inputs = (example_inputs,)
     if not isinstance(example_inputs, (tuple, list)):
         raise ArgumentTypeError(
-            f"example_inputs is a {type(example_inputs).__name__}; pass a tensor, or a tuple "
-            "of the positional inputs of the model"
+            f"example_inputs is a {type(example_inputs).__name__}; pass a tensor, or a tuple of "
+            "the positional inputs of the model, such as (x, y), or (batch,) where it takes a dict"
         )
     inputs = tuple(example_inputs)
     tensors = [t for t in tree_leaves(inputs) if isinstance(t, Tensor)]
     if not tensors:
         raise ArgumentError(
-            "example_inputs holds no tensor; pass what model(*example_inputs) takes"
+            "example_inputs holds no tensor; pass what model(*example_inputs) takes, such as "
+            "torch.randn(2, 3, 32, 32), not its shape"
         )
     if any(t.numel() == 0 for t in tensors):
         raise ArgumentError("example_inputs holds an empty tensor; pass a batch of at least one")

@@ -154,6 +154,9 @@ def comparison(record: Record) -> str:
     if dense.accuracy is not None or small.accuracy is not None:
         pair = [percent(dense.accuracy, 2), percent(small.accuracy, 2)]
         rows.append(["Accuracy", *pair, "", points(record) or DASH])
+    if record.began_accuracy is not None:
+        began = percent(record.began_accuracy, 2)
+        rows.append(["Accuracy when pruning began", began, "", "", ""])
     size = Totals(dense=dense.file_bytes, small=small.file_bytes)
     for name, totals, unit in (
         ("MACs per input", macs(record), ""),

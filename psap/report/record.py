@@ -136,6 +136,7 @@ class Record:
     history: tuple[Epoch, ...]
     dense: Side
     small: Side
+    began_accuracy: float | None
     batch: int | None
     threads: int | None
     verification: dict[str, Any]
@@ -348,10 +349,7 @@ def _side(compare: Mapping[str, Any], key: str) -> Side:
     where = f"compare.{key}"
     entry = _mapping(_optional(compare, key, {}), where)
     return Side(
-        accuracy=number(entry.get("accuracy")),
-        macs=number(entry.get("macs")),
-        parameters=number(entry.get("parameters")),
-        file_bytes=number(entry.get("file_bytes")),
+        **{n: number(entry.get(n)) for n in ("accuracy", "macs", "parameters", "file_bytes")},
         latency=_latency(entry, "latency_ms", where),
         onnx_latency=_latency(entry, "onnx_latency_ms", where),
     )
@@ -392,6 +390,7 @@ def read(record: Mapping[str, Any]) -> Record:
         history=_history(record),
         dense=_side(compare, "dense"),
         small=_side(compare, "small"),
+        began_accuracy=number(compare.get("accuracy_when_pruning_began")),
         batch=whole(compare.get("batch")),
         threads=whole(compare.get("threads")),
         verification=dict(_mapping(_optional(record, "verification", {}), "verification")),
