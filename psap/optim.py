@@ -155,8 +155,13 @@ def rebuild(
 
 
 def _own_attributes(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What a class of optimizer keeps besides state and groups; not hooks and wrapped methods."""
+    """What a class of optimizer keeps besides state and groups; not hooks and wrapped methods.
+
+    Raises:
+        PsapError: it keeps tensors, or something that holds parameters: those of the dense model.
+    """
     known = optimizer.__getstate__()
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     own = {}
     for key, value in vars(optimizer).items():
         if key in known or key.startswith("_optimizer_") or callable(value):
@@ -166,7 +171,14 @@ def _own_attributes(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
                 f"{type(optimizer).__name__} keeps tensors in {key!r}, which cannot be cut by "
                 f"channel; {_WAYS_OUT}"
             )
-        own[key] = copy.deepcopy(value)
+        memo: dict[int, Any] = {}
+        own[key] = copy.deepcopy(value, memo)
+        if not trained.isdisjoint(memo):
+            raise PsapError(
+                f"{type(optimizer).__name__} keeps a {type(value).__name__} in {key!r}, which "
+                "would go on to hold the old parameters; pass that as the optimizer, if it is one, "
+                f"and wrap result.optimizer anew; or {_WAYS_OUT}"
+            )
     return own
 
 

@@ -203,27 +203,6 @@ def test_mistakes_are_named(mistake: str) -> None:
         assert isinstance(info.value, TypeError)
 
 
-def test_a_target_that_frozen_parameters_forbid_says_so() -> None:
-    model = Chain()
-    model.bn2.requires_grad_(False)  # as in much transfer learning
-    with pytest.raises(
-        psap.TargetError, match=r"cannot be met.*; 1 layer stays because bn2.* is frozen .*_grad_\("
-    ):
-        build(model, target=psap.Target(macs=0.1))
-    with pytest.raises(psap.TargetError, match=r"raise max_ratio; 1 layer stays, conv1 for one \("):
-        build(_Cumulative(), target=psap.Target(macs=0.1))
-    with pytest.raises(psap.TargetError, match=r"raise max_ratio$"):
-        build(Chain(), target=psap.Target(macs=0.001))
-
-
-class _Cumulative(Unknown):
-    """No rule follows the first layer; the second one can be pruned."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv2 = nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, CLASSES, 3))
-
-
 @pytest.mark.filterwarnings(r"ignore:finish\(\) makes up:psap.PsapWarning")
 def test_a_constructor_that_fails_leaves_model_and_optimizer_as_they_were() -> None:
     model = Chain().train()

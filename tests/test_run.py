@@ -20,7 +20,6 @@ from psap import run as runs
 from psap.data import DataName, Loader
 from psap.errors import ArgumentError, ArgumentTypeError, FileError, PsapError, StateError
 from psap.models.resnet import PaddedBlock
-from psap.progress import Silent
 from psap.run import train
 from psap.run_config import RunConfig, difference
 
@@ -82,19 +81,6 @@ class Interrupts:
         raise AssertionError(text)
 
 
-class Hears(Silent):
-    """A listener that remembers what it is told, in order."""
-
-    def __init__(self) -> None:
-        self.heard: list[object] = []
-
-    def epoch(self, entry: Any) -> None:
-        self.heard.append(entry["epoch"])
-
-    def note(self, text: str) -> None:
-        self.heard.append(text)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _no_export() -> Iterator[None]:
     """Exports and timings have tests of their own, and take longer than these runs."""
@@ -125,12 +111,6 @@ def without_times(path: Path) -> list[dict[str, Any]]:
     for entry in entries:
         del entry["seconds"]
     return entries
-
-
-def test_what_comes_after_the_last_epoch_is_announced(tmp_path: Path) -> None:
-    listener = Hears()
-    train(settings(tmp_path), listener=listener)
-    assert listener.heard == [1, 2, 3, 4, 5, "testing, timing and exporting the small network"]
 
 
 def test_writes_everything(finished: Path) -> None:

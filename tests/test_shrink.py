@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import threading
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -399,22 +398,3 @@ def test_inputs_of_a_plan_without_tensors() -> None:
     with pytest.raises(psap.ArgumentError, match="does not hold example inputs"):
         psap.apply(model, read)
     assert psap.apply(model, read, example_inputs=(image(), 2.0)).mode == "module"
-
-
-@pytest.mark.parametrize("mode", ["module", "graph"])
-def test_in_inference_mode_too_the_small_network_can_be_trained(mode: str, tmp_path: Path) -> None:
-    model = chain(8, 8).double()
-    path = tmp_path / "small.safetensors"
-    with torch.inference_mode():
-        plan = psap.plan(psap.trace(model, image()), ratio=0.5)
-        result = psap.apply(model, plan, mode=mode)  # type: ignore[arg-type]
-        psap.save(result, path)
-        made = [result.model, psap.mask(model, plan), psap.load(path, lambda: chain(8, 8))]
-        assert torch.is_inference_mode_enabled()
-    for network in made:
-        assert not any(t.is_inference() for t in network.state_dict().values())
-        network(image()).sum().backward()
-        assert all(p.grad is not None for p in network.parameters())
-    with torch.no_grad():
-        psap.apply(model, plan)
-        assert not torch.is_grad_enabled()
