@@ -243,9 +243,10 @@ def test_first_epochs_do_not_flatten_the_others(small: dict[str, Any]) -> None:
     note = "<span>accuracies below 90% are not drawn</span>"
     assert page.index(note) < page.index(drawing)  # in the legend: nothing runs through it there
     assert "90%" in drawing and "below 90%" not in drawing
+    assert "</i>dense network before pruning, " in page
     small["history"] = small["history"][8:]
     page = report.render(small)
-    assert "not drawn" not in page and "dense network, " not in page
+    assert "not drawn" not in page and "dense network before pruning" not in page
 
 
 @pytest.mark.parametrize("depth", [7, 61])

@@ -276,7 +276,8 @@ def _legend(epochs: Sequence[Epoch], marked: bool) -> str:
         items.append('<span><i class="swatch upright step"></i>prune step</span>')
     if dense is not None:
         items.append(
-            f'<span><i class="swatch line reference"></i>dense network, {percent(dense)}</span>'
+            f'<span><i class="swatch line reference"></i>dense network before pruning, '
+            f"{percent(dense)}</span>"
         )
     if (floor := _floor(epochs)) is not None:
         items.append(f"<span>accuracies below {_percent_tick(floor)} are not drawn</span>")
