@@ -17,7 +17,7 @@ Points = dict[str, list[tuple[float, float, float, int]]]
 # Legible on light and dark pages alike.
 STYLE = {
     "psap": ("#1f7ae0", "o"),
-    "psap-prices": ("#1f7ae0", "s"),
+    "psap-gate": ("#1f7ae0", "s"),
     "psap-uniform": ("#1f7ae0", "^"),
     "l1": ("#d1495b", "o"),
     "l2-global": ("#d1495b", "s"),

@@ -111,9 +111,10 @@ class Config:
             Where several match, and where layers share their channels, the largest holds.
         round_to: kept widths are multiples of this where the group allows.
         score: importance of a filter, layer-normalised.
-        protect: "gate" keeps saved copies behind an epsilon gate; "price" also supervises gradients
-            after each prune step, and keeps more where pruned filters turn out to be useful for
-            their cost; "pulse" supervises and restores filters at once; "none" zeroes the filters.
+        protect: "price" keeps saved copies behind an epsilon gate and supervises gradients after
+            each prune step, to keep more where pruned filters turn out to be useful for their cost;
+            "gate" does not supervise; "pulse" supervises to restore filters at once; "none" zeroes
+            the filters.
         gate_eps: factor of the gate.
         window: K, optimizer steps of supervision after a prune step (protect="price", "pulse").
         price_power: how strongly prices act on the widths (protect="price").
@@ -153,7 +154,7 @@ class Config:
     floors: Mapping[str, float] = field(default_factory=dict, hash=False)
     round_to: int = 1
     score: Literal["l1", "l2"] = "l2"
-    protect: Protect = "gate"
+    protect: Protect = "price"
     gate_eps: float = 1e-3
     window: int = 8
     price_power: float = 0.25

@@ -71,7 +71,7 @@ class Pruner:
         StateError: every parameter is frozen, or another pruner works on the optimizer.
         TraceError: the model failed on the inputs.
         TargetError: nothing can be pruned, or the target cannot be met.
-        VerificationError: the model could not be shrunk exactly (checked with half of the
+        VerificationError: the model could not be shrunk exactly (checked with nearly half of the
             channels, before any training is spent).
 
     Warns:

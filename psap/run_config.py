@@ -40,9 +40,9 @@ class RunConfig:
             rest trains the small network.
         prune_steps: how often channels are pruned; by default 5, or one less than ``prune_epochs``
             if those are few.
-        protect: "gate" keeps copies of pruned filters, "price" also keeps more where gradients say
-            that they are missed, "pulse" also restores those that the gradients ask for, "none"
-            just removes.
+        protect: "price" keeps copies of pruned filters, and more filters where gradients say that
+            pruned ones are missed; "gate" just keeps copies, "pulse" also restores those that the
+            gradients ask for, "none" just removes.
         progressive: cut the network between prune steps, too, instead of once, so that the
             training is faster.
         stream_power: the ratio of a residual stream of M layers is divided by M to this power.
@@ -83,7 +83,7 @@ class RunConfig:
     dense_epochs: int | None = None
     prune_epochs: int | None = None
     prune_steps: int | None = None
-    protect: Literal["gate", "price", "pulse", "none"] = "gate"
+    protect: Literal["gate", "price", "pulse", "none"] = "price"
     progressive: bool = False
     stream_power: float = 0.5
     min_channels: int = 2

@@ -38,7 +38,7 @@ def test_defaults_are_those_of_the_method() -> None:
         "floors": {},
         "round_to": 1,
         "score": "l2",
-        "protect": "gate",
+        "protect": "price",
         "gate_eps": 1e-3,
         "window": 8,
         "price_power": 0.25,

@@ -45,7 +45,8 @@ PULSE = {"protect": "pulse", "z_threshold": 0.3, "restore_share": 0.5}
 
 @pytest.mark.parametrize("progressive", [False, True])
 def test_what_a_group_gave_is_what_its_width_alone_saves(progressive: bool) -> None:
-    pruner, result = pruned(progressive=progressive, stream_power=0.0)  # all groups give
+    options = {"progressive": progressive, "protect": "gate"}
+    pruner, result = pruned(**options, stream_power=0.0)  # all groups give
     cost = CostModel(psap.trace(NETS["residual"](), inputs(), gated=True))
     names = [group.name for group in result.plan.groups]
     widths = np.array([group.size for group in result.plan.groups])
