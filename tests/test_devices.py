@@ -168,6 +168,7 @@ def test_optimizers_that_step_all_at_once(device: torch.device, fused: bool, for
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # of inductor
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")  # of inductor
+@pytest.mark.usefixtures("dynamo")
 def test_a_compiled_model(device: torch.device) -> None:
     model = residual(device)
     net = torch.compile(model, backend="eager" if device.type == "cpu" else "inductor")

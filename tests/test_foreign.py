@@ -15,6 +15,8 @@ from torch import Tensor, nn
 import psap
 from psap.copying import deep_copy
 
+pytestmark = pytest.mark.usefixtures("dynamo")
+
 
 def _halved(model: nn.Module, x: Tensor) -> psap.Result:
     return psap.apply(model, psap.plan(psap.trace(model, x), ratio=0.5))

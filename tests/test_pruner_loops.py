@@ -123,6 +123,7 @@ def test_other_copies_of_the_weights_are_left_alone() -> None:
     assert all(torch.equal(t, before[n]) for n, t in average.state_dict().items())
 
 
+@pytest.mark.usefixtures("dynamo")
 def test_a_compiled_model() -> None:
     torch.manual_seed(0)
     model = Chain()
