@@ -72,6 +72,9 @@ def floors(graph: Graph, wanted: Mapping[str, float]) -> scores.Floats:
         ArgumentError: a name is that of no layer.
     """
     found = np.zeros(len(graph.groups))
+    if not wanted:
+        return found
+    makers = [{w for name in group.producers for w in _within(name)} for group in graph.groups]
     layers = {within for name in graph.shapes for within in _within(name)}
     for pattern, share in wanted.items():
         if not any(fnmatchcase(layer, pattern) for layer in layers):
@@ -80,10 +83,8 @@ def floors(graph: Graph, wanted: Mapping[str, float]) -> scores.Floats:
                 f"floors names {pattern!r}, which is no layer of the model"
                 + (f"; near are {', '.join(close)}" if close else "")
             )
-        for at, group in enumerate(graph.groups):
-            makers = {within for producer in group.producers for within in _within(producer)}
-            if any(fnmatchcase(maker, pattern) for maker in makers):
-                found[at] = max(found[at], share)
+        hit = [any(fnmatchcase(maker, pattern) for maker in of_group) for of_group in makers]
+        found[hit] = np.maximum(found[hit], share)
     return found
 
 

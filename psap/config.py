@@ -43,11 +43,14 @@ def checked_floors(owner: str, value: Any) -> dict[str, float]:
         ArgumentTypeError: it is no mapping of names to numbers.
     """
     if not isinstance(value, Mapping):
-        raise ArgumentTypeError(f'{owner} is {value!r}; pass names and shares: {{"layer1": 0.5}}')
+        wanted = 'pass names and shares: {"layer1": 0.5}'
+        raise ArgumentTypeError(f"{owner}.floors is {value!r}; {wanted}")
     for name, share in value.items():
         if not isinstance(name, str):
-            raise ArgumentTypeError(f"{owner} has the key {name!r}; pass the name of a layer")
-        _real(owner.rpartition(".")[0] or "plan", f"floors[{name!r}]", share, 0.0, 1.0, "in [0, 1]")
+            raise ArgumentTypeError(
+                f"{owner}.floors has the key {name!r}; pass the name of a layer"
+            )
+        _real(owner, f"floors[{name!r}]", share, 0.0, 1.0, "in [0, 1]")
     return dict(value)
 
 
@@ -197,7 +200,7 @@ class Config:
         for name in ("progressive", "gated", "verify"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ArgumentTypeError(f"Config.{name} is {value!r}; pass True or False")
-        object.__setattr__(self, "floors", checked_floors("Config.floors", self.floors))
+        object.__setattr__(self, "floors", checked_floors("Config", self.floors))
         _choice("Config", "schedule", self.schedule, ("cubic", "linear"))
         _choice("Config", "adapt", self.adapt, ("sparsity", "uniform"))
         _choice("Config", "threshold", self.threshold, ("std", "quantile"))

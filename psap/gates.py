@@ -71,7 +71,9 @@ class Gates:
         self.states = [
             side for side, role in graph.roles.items() if role == "state" and self._lives(side)
         ]
-        self.gates = [s for s in self.makers if s[0] in self.parameters and scales(graph, s)]
+        parameters = [side for side in self.makers if side[0] in self.parameters]
+        self.gates = [side for side in parameters if scales(graph, self._weights, side)]
+        self._gated = frozenset(self.gates)
         self._gates = Places(self.parameters, self.owners, self.gates)
         self._device = self.device
         self.saved = {}
@@ -145,7 +147,7 @@ class Gates:
         whole: Tensor = holder[key].detach()
         for dim in range(whole.dim()):
             saved = self._saved.get((name, dim))
-            if saved is not None and dim != but and (name, dim) in self._gates.sides:
+            if saved is not None and dim != but and (name, dim) in self._gated:
                 whole = whole.clone()
                 psap_kernels.restore_filters_([whole.movedim(dim, 0)], [saved.rows], [saved.values])
         return whole
@@ -188,7 +190,7 @@ class Gates:
         return self._rows, self._keeps
 
     def _copy(self, side: Side, rows: Tensor, values: Tensor) -> Saved:
-        return Saved(rows, values, values * self.eps if side in self._gates.sides else values)
+        return Saved(rows, values, values * self.eps if side in self._gated else values)
 
     def _save(self, side: Side, rows: Tensor) -> None:
         old = self.saved.pop(side, None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,15 +95,20 @@ def block(channels: Ints, pair: int, value_rows: Ints, grad_rows: Ints) -> Ints:
     return np.stack([owner, np.full_like(owner, pair), value_rows, grad_rows], axis=1)
 
 
-def scales(graph: Graph, side: Side) -> bool:
+def scales(graph: Graph, weights: Set[str], side: Side) -> bool:
     """Whether what a parameter holds on a side scales its channels, so that a gate lies there.
 
     Filters that a norm rescales do not, nor does a bias that a batch norm subtracts.
+
+    Args:
+        graph: the channel graph.
+        weights: names of the weights that it counts calls of.
+        side: an "out" or "cut" side.
     """
     name = side[0]
     if graph.roles[side] == "cut":
         return True
-    if any(call.weight == name for call in graph.calls):
+    if name in weights:
         return name not in graph.normalised
     after = graph.normalised.get(f"{name.rpartition('.')[0]}.weight".lstrip("."), ())
     return name in graph.affine or not any(norm in graph.affine for norm in after)

@@ -288,7 +288,7 @@ def plan(
     choices.check_whole("seed", seed, 0)
     tensors = _fresh_tensors(graph)
     cost = CostModel(graph, latency)
-    least = choices.floors(graph, checked_floors("floors", floors or {}))
+    least = choices.floors(graph, checked_floors("plan", floors or {}))
     bounds = schedule.limits([g.size for g in graph.groups], 1.0, min_channels, round_to, least)
     alpha = 0.5 if ratio is None else None
     stats = scores.measure(graph, tensors, alpha, "l1" if score == "l1" else "l2")

@@ -44,7 +44,7 @@ def prunable(
         PsapWarning: layers are pruned that nothing trains, or fewer layers than could be traced.
     """
     gated = config.gated or config.progressive
-    found = _traced(model, example_inputs, config, latency, gated=gated)
+    found = _lineage(trace(model, example_inputs, gated=gated), config, latency)
     check_training(optimizer, friends, found.graph)
     if not config.verify:
         return found
@@ -52,12 +52,12 @@ def prunable(
         _prove(found.graph)
         return found
     except VerificationError as error:
-        less = trace(model, example_inputs, gated=True)
-        if gated or len(less.left_alone) <= len(found.graph.left_alone):
+        less = found.graph if gated else trace(model, example_inputs, gated=True)
+        if len(less.left_alone) <= len(found.graph.left_alone):
             raise
         reason = str(error)
-    found = _traced(model, example_inputs, config, latency, gated=True)
-    _prove(found.graph)
+    found = _lineage(less, config, latency)
+    _prove(less)
     warnings.warn(
         f"{len(found.graph.groups)} channel groups are pruned, and not those that norms count or "
         f"that must be cut off where they are read, because the small network would fail: {reason}",
@@ -67,11 +67,9 @@ def prunable(
     return found
 
 
-def _traced(
-    model: nn.Module, inputs: Any, config: Config, latency: LatencyTable | None, *, gated: bool
-) -> Lineage:
-    lineage = Lineage(trace(model, inputs, gated=gated), latency)
-    selection.require_target(lineage.graph, lineage.cost, config)
+def _lineage(graph: Graph, config: Config, latency: LatencyTable | None) -> Lineage:
+    lineage = Lineage(graph, latency)
+    selection.require_target(graph, lineage.cost, config)
     return lineage
 
 

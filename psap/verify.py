@@ -84,14 +84,21 @@ def verify(
             there is nothing to compare: the dense network fails, or gives the same for all inputs.
         ArgumentError: a copy of the model still runs parts of the model.
     """
+
+    def networks(generator: torch.Generator) -> tuple[nn.Module, nn.Module]:
+        masked = randomised(model, generator)
+        small = _made(make, masked)
+        zero_(masked, plan)
+        return masked, small
+
     with untouched(model):
         try:
-            return _verified(model, plan, inputs, make, zero_, mode)
+            return _verified(model, plan, inputs, networks, mode)
         except VerificationError:
             if not _narrows(model, inputs):
                 raise
         with Widening():
-            return _verified(model, plan, inputs, make, zero_, mode)
+            return _verified(model, plan, inputs, networks, mode)
 
 
 def _narrows(model: nn.Module, inputs: tuple[Any, ...]) -> bool:
@@ -108,15 +115,12 @@ def _verified(
     model: nn.Module,
     plan: Plan,
     inputs: tuple[Any, ...],
-    make: Callable[[nn.Module], nn.Module],
-    zero_: Callable[[nn.Module, Plan], None],
+    networks: Callable[[torch.Generator], tuple[nn.Module, nn.Module]],
     mode: str,
 ) -> Verification:
     for draw in range(DRAWS):
         generator = torch.Generator().manual_seed(draw)
-        masked = randomised(model, generator)
-        small = _made(make, masked)
-        zero_(masked, plan)
+        masked, small = networks(generator)
         proof = _Proof(masked, small, plan, _random_inputs(inputs, generator))
         proof.run(model)
         if proof.alive:

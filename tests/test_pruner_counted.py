@@ -181,7 +181,6 @@ def test_what_is_behind_closed_gates_is_nearly_silent(name: str) -> None:
         gated = model(x)
         pruner.gates.erase(alive)
         erased = model(x)
-        pruner.gates.graph = pruner.graph
         was = dense(x)
     assert (alive.sum() < alive.size) and float((erased - was).abs().max()) > 0.02
     assert float((gated - erased).abs().max()) < 0.05 * float((erased - was).abs().max())
