@@ -78,6 +78,9 @@ SETTINGS = {
     "cifar56": Setting(
         data="cifar10", network="resnet56", epochs=4, batch=128, lr=0.05
     ),
+    "cifar56-long": Setting(
+        data="cifar10", network="resnet56", epochs=8, batch=128, lr=0.05
+    ),
     "mnist-pretrained": Setting(
         data="imagefolder", pictures=GREY, images=2500, val_share=0.2, epochs=4, pretrain=8,
         batch=32,
