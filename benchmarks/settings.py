@@ -81,6 +81,10 @@ SETTINGS = {
     "cifar56-long": Setting(
         data="cifar10", network="resnet56", epochs=8, batch=128, lr=0.05
     ),
+    "cifar-vgg": Setting(
+        data="cifar10", network="vgg16_bn", start="scratch", images=5000, epochs=4, lr=0.05,
+        prune=(0.1, 0.6),
+    ),
     "mnist-pretrained": Setting(
         data="imagefolder", pictures=GREY, images=2500, val_share=0.2, epochs=4, pretrain=8,
         batch=32,
