@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 import psap
 from benchmarks import rows, speed
+from psap.models import create
 
 
 class Tiny(nn.Module):
@@ -66,3 +68,10 @@ def test_a_target_that_cannot_be_met_is_a_row_that_says_so(
     ]  # fmt: skip
     with pytest.raises(ValueError, match=r"ways are \['fast'\]; pass some of plain, round-8"):
         speed.run(ways=("fast",))
+
+
+def test_widths_in_blocks_of_16() -> None:
+    graph = psap.trace(create("resnet20").eval(), torch.randn(1, 3, 32, 32))
+    chosen = speed.plan(graph, 0.8, "round-16")
+    fewer = [len(group.kept) for group in chosen.groups if len(group.kept) < group.size]
+    assert fewer and all(width % 16 == 0 for width in fewer)
