@@ -142,7 +142,7 @@ def trace(model: nn.Module, example_inputs: Any, *, gated: bool = False) -> Grap
             run_auxiliary(tracer, model, inputs)
         tracer.attending.settle(tracer.labels)
     graph = build(model, inputs, tracer)
-    if tracer.counting and not all(_is_read(group, tracer) for group in graph.groups):
+    if tracer.counting and not all(_is_read(graph, index) for index in range(len(graph.groups))):
         tracer.counting = False  # evaluation makes what it has no use for; training may give it out
         with no_collection(), untouched(model), suppress(TraceError):  # it may want more inputs
             run_auxiliary(tracer, model, inputs)
@@ -150,8 +150,10 @@ def trace(model: nn.Module, example_inputs: Any, *, gated: bool = False) -> Grap
     return graph
 
 
-def _is_read(group: Group, tracer: Tracer) -> bool:
-    return any(tracer.roles[side] in ("in", "cut") for side in group.sides)
+def _is_read(graph: Graph, index: int) -> bool:
+    """Whether a weight reads the channels of a group, or a product does, as of queries and keys."""
+    sides = graph.groups[index].sides
+    return index in graph.products or any(graph.roles[side] in ("in", "cut") for side in sides)
 
 
 @contextmanager

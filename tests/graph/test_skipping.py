@@ -123,3 +123,21 @@ def test_what_fails_on_zeros_is_computed() -> None:
     model = randomise(Net(body, stem=conv(3, 8), gate=conv(8, 8), head=head(8), aux=head(8)))
     graph = psap.trace(model, image())
     assert "output of the model" in {graph.left_alone[n] for n in graph.left_alone if "aux" in n}
+
+
+def test_a_product_of_activations_reads_its_factors() -> None:
+    """Queries and keys have no weight behind them, but train mode need not be traced for that."""
+    modes: list[bool] = []
+
+    def attend(m: Any, x: Tensor) -> Tensor:
+        q, k = (layer(x).flatten(2) for layer in (m.q, m.k))
+        return (q.transpose(1, 2) @ k).softmax(-1)[:, None]
+
+    def body(m: Any, x: Tensor) -> Tensor:
+        modes.append(m.training)
+        return m.head(m.attend(x))
+
+    inner = Net(attend, q=conv(3, 8), k=conv(3, 8))
+    graph = psap.trace(randomise(Net(body, attend=inner, head=head(1))), image())
+    assert [(group.name, group.size) for group in graph.groups] == [("attend.q", 8)]
+    assert modes == [False]
