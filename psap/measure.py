@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from psap.errors import ArgumentError, FileError
+from psap.untouched import unchanged
 
 Inputs = Tensor | tuple[Any, ...]
 Once = Callable[[Callable[..., Any], tuple[Any, ...], torch.device], float]
@@ -180,18 +181,17 @@ def _device(models: tuple[nn.Module, ...], inputs: tuple[Any, ...]) -> torch.dev
 @contextmanager
 def quiet(models: tuple[nn.Module, ...], threads: int | None) -> Iterator[None]:
     """Eval mode, no gradients, this many threads; then everything as it was."""
-    flags = [(module, module.training) for model in models for module in model.modules()]
     before = torch.get_num_threads()
     try:
         if threads is not None:
             torch.set_num_threads(threads)
-        for model in models:
-            model.eval()
-        with torch.inference_mode():
+        with ExitStack() as stack:
+            for model in models:
+                stack.enter_context(unchanged(model))
+                model.eval()
+            stack.enter_context(torch.inference_mode())
             yield
     finally:
-        for module, training in flags:
-            module.training = training
         if threads is not None:
             torch.set_num_threads(before)
 

@@ -45,7 +45,7 @@ def check_model(model: Any) -> nn.Module:
 
     Raises:
         ArgumentTypeError: it is no ``nn.Module``, or it, or a part of it, is scripted or sharded.
-        ArgumentError: it has no parameters, lazy ones, or ones on several devices.
+        ArgumentError: it has no parameters, lazy ones, ones on several devices, or a sparse tensor.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
@@ -62,12 +62,18 @@ def check_model(model: Any) -> nn.Module:
                 f"{'in its place that it' if name else 'that it'} was made from, and script the "
                 "small network"
             )
-    parameters, _ = named_tensors(checked, held)
+    parameters, buffers = named_tensors(checked, held)
     if not parameters:
         raise ArgumentError("model has no parameters; there is nothing to prune")
     lazy = [n for n, p in parameters.items() if isinstance(p, nn.parameter.UninitializedParameter)]
     if lazy:
         raise ArgumentError(f"{lazy[0]} is not initialised; run the model once, then call psap")
+    sparse = [n for n, t in (*parameters.items(), *buffers.items()) if t.layout != torch.strided]
+    if sparse:
+        raise ArgumentError(
+            f"{sparse[0]} is no dense tensor, and psap cannot follow channels through it; "
+            "make it one with .to_dense()"
+        )
     sharded = [n for n, p in parameters.items() if type(p).__name__ in ("DTensor", "FlatParameter")]
     if sharded:
         raise ArgumentTypeError(

@@ -387,3 +387,10 @@ def test_what_forward_expands_to_a_size_keeps_its_channels() -> None:
     assert "fixed number of channels" in graph.left_alone["a"]
     plan = psap.plan(graph, ratio=0.5)
     assert_exact(model, plan, psap.apply(model, plan).model, (image(),))
+
+
+def test_a_sparse_buffer_is_refused_by_name() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3))
+    model[1].register_buffer("mixing", torch.eye(8).to_sparse())
+    with pytest.raises(psap.ArgumentError, match=r"1\.mixing is no dense tensor.*to_dense"):
+        psap.trace(model, torch.randn(1, 3, 8, 8))
