@@ -60,9 +60,10 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     flags = [module.training for module in modules]
     parts = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values())]
     devices = sorted({t.device.index for t in parts if t is not None and t.device.type == "cuda"})
-    attributes = [_Attributes(module) for module in modules]
+    own = [module for module in modules if _may_bind(module)]
+    attributes = [_Attributes(module) for module in own]
     held = {id(t): t for m in modules for t in m._buffers.values() if t is not None}
-    held |= {id(t): t for m in modules for t in vars(m).values() if _is_plain(t)}
+    held |= {id(t): t for m in own for t in vars(m).values() if _is_plain(t)}
     saved = _joined(held.values())
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         try:
@@ -97,6 +98,12 @@ class _Attributes:
 
 _CONTAINERS = (list, dict, set, deque)
 _PARTS = ("_parameters", "_modules")
+
+
+def _may_bind(module: nn.Module) -> bool:
+    """Whether a call may bind attributes: those of PyTorch do not, unless by a hook."""
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return bool(hooked) or not type(module).__module__.startswith("torch.nn.")
 
 
 def _is_plain(value: Any) -> bool:

@@ -91,3 +91,10 @@ def test_layers_that_a_first_call_builds_stay_with_what_belongs_to_them() -> Non
     psap.trace(model, torch.randn(1, 3, 8, 8))
     assert model.built
     assert hasattr(model, "head")
+
+
+def test_what_a_hook_binds_is_forgotten() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3))
+    model[0].register_forward_hook(lambda module, _, out: setattr(module, "seen", out))
+    psap.trace(model, torch.randn(1, 3, 8, 8))
+    assert not hasattr(model[0], "seen")
