@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from psap.errors import PsapError, VerificationError
-from psap.files import Path_, replacing
+from psap.files import Path_, replacing, require_writable
 from psap.graph.inputs import as_inputs
 from psap.graph.trace import output_tensors
 from psap.recipe import check_is_result
@@ -150,6 +150,7 @@ def export_onnx(
         import onnxscript  # noqa: F401 - the exporter needs it
     except ImportError as error:
         raise PsapError(f"{error.name} is missing; pip install 'psap[onnx]'") from error
+    require_writable(path)
     inputs = _inputs(model, example_inputs, dynamic_batch)
     exported = _program(module, inputs, dynamic_batch)
     with replacing(path) as temporary:
@@ -194,6 +195,7 @@ def export_pt2(
         FileError: the file cannot be written.
     """
     module = check_is_result(model)
+    require_writable(path)
     inputs = _inputs(model, example_inputs, dynamic_batch)
     exported = _program(module, inputs, dynamic_batch)
     with replacing(path) as temporary:

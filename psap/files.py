@@ -39,11 +39,8 @@ def replacing(path: Path_) -> Iterator[Path]:
     Raises:
         FileError: the file cannot be written.
     """
-    target = _checked(path)
-    # Named before it is made: there is no moment at which an interrupt could leave it behind.
-    who = f"{_place()}-{os.getpid()}-{secrets.token_hex(8)}"
-    room = target.parent / f".{target.name[:40]}.psap-{who}"  # save_file makes files of its own
-    temporary = room / "whole"
+    target = checked(path)
+    temporary = _temporary(target)
     try:
         _sweep(target.parent)
         mode = _create(target, temporary)
@@ -58,7 +55,31 @@ def replacing(path: Path_) -> Iterator[Path]:
             "choose another folder"
         ) from error
     finally:
-        _remove(room)
+        _remove(temporary.parent)
+
+
+def require_writable(path: Path_) -> None:
+    """Check that `replacing` can write there, before something that takes long.
+
+    Raises:
+        ArgumentTypeError: it is no path.
+        FileError: the file cannot be written.
+    """
+    target = checked(path)
+    temporary = _temporary(target)
+    try:
+        _create(target, temporary)
+    finally:
+        _remove(temporary.parent)
+
+
+def _temporary(target: Path) -> Path:
+    """A file in a folder of its own beside a file, since save_file makes more of them.
+
+    It is named before it is made: there is no moment at which an interrupt could leave it behind.
+    """
+    who = f"{_place()}-{os.getpid()}-{secrets.token_hex(8)}"
+    return target.parent / f".{target.name[:40]}.psap-{who}" / "whole"
 
 
 def _remove(room: Path) -> None:
@@ -86,7 +107,7 @@ def _create(target: Path, temporary: Path) -> int:
         ) from error
 
 
-def _checked(path: Any) -> Path:
+def checked(path: Any) -> Path:
     """A path, with symbolic links resolved, so that a link goes on pointing to its file.
 
     Raises:
@@ -141,9 +162,10 @@ def read(path: Path_, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         FileError: there is no such file, it is no file of ours, or not a bit what was written.
     """
-    source = _checked(path)
+    source = checked(path)
     if not os.path.isfile(source):
-        raise FileError(f"{source} does not exist; pass the path of a {what}")
+        wrong = "is no regular file" if os.path.exists(source) else "does not exist"
+        raise FileError(f"{source} {wrong}; pass the path of a {what}")
     try:
         with safetensors.safe_open(source, framework="pt") as opened:
             metadata = opened.metadata() or {}

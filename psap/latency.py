@@ -25,7 +25,7 @@ from torch import Tensor
 
 from psap import measure
 from psap.errors import ArgumentError, ArgumentTypeError, FileError
-from psap.files import atomic_write
+from psap.files import atomic_write, checked, require_writable
 from psap.graph import Graph
 from psap.layers import Layer, layers
 
@@ -144,7 +144,7 @@ def measure_latency(
     device = next(graph.model.parameters()).device
     here = _machine(device, threads)
     known = LatencyTable(here, {}, {})
-    if path is not None and Path(path).exists():
+    if path is not None and checked(path).exists():
         known = read(path)
         if dict(known.machine) != here:
             raise FileError(
@@ -152,10 +152,12 @@ def measure_latency(
                 "do not carry over: pass another path, or delete the file"
             )
     curves, rest = dict(known.curves), dict(known.rest_ms)
-    before = torch.get_num_threads()
+    before, found = torch.get_num_threads(), layers(graph)
+    new = any(layer.signature() not in curves for layer in found) or _key(graph) not in rest
+    if path is not None and new:
+        require_writable(path)
     try:
         torch.set_num_threads(threads)
-        found = layers(graph)
         for layer in found:
             if layer.signature() not in curves:
                 curves[layer.signature()] = _curve(layer, device, threads)
@@ -192,19 +194,6 @@ def _machine(device: torch.device, threads: int) -> dict[str, Any]:
     return {"processor": name, "torch": torch.__version__, "threads": threads}
 
 
-def _stopwatch(device: torch.device, threads: int) -> measure.Once:
-    """CPU time of one thread, in which other load hardly shows; else what a caller waits for."""
-    if device.type == "cuda" or threads > 1:
-        return measure.stopwatch(device)
-
-    def once(call: Callable[..., Any], inputs: tuple[Any, ...], _: torch.device) -> float:
-        start = time.process_time_ns()
-        call(*inputs)
-        return (time.process_time_ns() - start) / 1e6
-
-    return once
-
-
 def _curve(layer: Layer, device: torch.device, threads: int) -> Curve:
     """Time a layer at every pair of knots; never faster where it is wider."""
     knots = layer.knots(SHARES)
@@ -222,7 +211,7 @@ def _fastest(
     call: Callable[..., Any], inputs: tuple[Any, ...], device: torch.device, threads: int
 ) -> float:
     """The fastest of several calls: the one that other load disturbed least."""
-    once = _stopwatch(device, threads)
+    once = measure.stopwatch(device, cpu_time=threads == 1)
     with torch.inference_mode():
         once(call, inputs, device)
         best, end, passes = math.inf, time.perf_counter() + SECONDS, 0

@@ -129,8 +129,9 @@ def latencies(
     repeats: int,
     warmup: int,
     threads: int | None,
+    cpu_time: bool = False,
 ) -> list[Latency]:
-    """Time several models in turn; arguments and errors are those of `latency_ms`.
+    """Time several models in turn, by the clock of `stopwatch`; the rest is as for `latency_ms`.
 
     Raises:
         ArgumentError: an option is out of range, or the device is neither CPU nor CUDA.
@@ -142,7 +143,7 @@ def latencies(
         raise ArgumentError(f"threads is {threads}; pass a whole number >= 1, or None")
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     device = _device(models, inputs)
-    once = stopwatch(device)
+    once = stopwatch(device, cpu_time=cpu_time)
     times = np.empty((len(models), repeats))
     with quiet(models, threads):
         for index in range(-warmup, repeats):
@@ -196,15 +197,24 @@ def quiet(models: tuple[nn.Module, ...], threads: int | None) -> Iterator[None]:
             torch.set_num_threads(before)
 
 
-def stopwatch(device: torch.device) -> Once:
-    """What times one call on a device, in milliseconds: of a callable, its inputs, the device."""
-    return _once_cuda if device.type == "cuda" else _once_cpu
+def stopwatch(device: torch.device, *, cpu_time: bool = False) -> Once:
+    """What times one call on a device, in milliseconds: of a callable, its inputs, the device.
 
+    Args:
+        device: a CPU or a CUDA device.
+        cpu_time: on a CPU, the time that this process computes, in which other load hardly shows,
+            instead of the time that a caller waits; of use for one thread.
+    """
+    if device.type == "cuda":
+        return _once_cuda
+    clock = time.process_time_ns if cpu_time else time.perf_counter_ns
 
-def _once_cpu(model: Callable[..., Any], inputs: tuple[Any, ...], _: torch.device) -> float:
-    start = time.perf_counter_ns()
-    model(*inputs)
-    return (time.perf_counter_ns() - start) / 1e6
+    def once(model: Callable[..., Any], inputs: tuple[Any, ...], _: torch.device) -> float:
+        start = clock()
+        model(*inputs)
+        return (clock() - start) / 1e6
+
+    return once
 
 
 def _once_cuda(model: Callable[..., Any], inputs: tuple[Any, ...], device: torch.device) -> float:

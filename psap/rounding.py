@@ -65,7 +65,8 @@ def fastest(
         graph: what `psap.trace` returned.
         candidates: multiples, as for ``round_to``.
         repeats: passes that are timed, of each.
-        threads: CPU threads of one operator; None keeps the present number.
+        threads: CPU threads of one operator; None keeps the present number. With one, times are its
+            CPU time, as those of `psap.measure_latency` are.
         options: those of `psap.plan`.
 
     Raises:
@@ -85,8 +86,9 @@ def fastest(
         if all(made != other for other in plans.values()):
             plans[multiple] = made
     models = [_small(graph, made) for made in plans.values()]
+    cpu_time = (threads or torch.get_num_threads()) == 1  # as the tables of `psap.latency`
     found = measure.latencies(
-        tuple(models), graph.inputs, repeats=repeats, warmup=5, threads=threads
+        tuple(models), graph.inputs, repeats=repeats, warmup=5, threads=threads, cpu_time=cpu_time
     )
     times = dict(zip(plans, found, strict=True))
     best = min(t.median_ms for t in times.values())

@@ -250,3 +250,12 @@ def test_arguments(kind: str, tmp_path: Path) -> None:
         with pytest.raises(error, match=message):
             export(*arguments)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("export", [psap.export_onnx, psap.export_pt2])
+def test_a_missing_folder_is_told_before_the_export(
+    export: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("psap.export._program", lambda *_: pytest.fail("it was exported"))
+    with pytest.raises(psap.FileError, match="No such file or directory; choose a folder"):
+        export(nn.Linear(2, 2), tmp_path / "none" / "model", torch.randn(1, 2))

@@ -32,7 +32,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, quick: None) -> list[tuple[int, ...]]
     """A clock on which a layer takes a microsecond for each thousand multiply-accumulates."""
     called = []
 
-    def stopwatch(*_: Any) -> Any:
+    def stopwatch(*_: Any, **__: Any) -> Any:
         def once(call: Any, inputs: Any, device: Any) -> float:
             out = call(*inputs)
             called.append(tuple(out.shape))
@@ -40,7 +40,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, quick: None) -> list[tuple[int, ...]]
 
         return once
 
-    monkeypatch.setattr(latency, "_stopwatch", stopwatch)
+    monkeypatch.setattr(measure, "stopwatch", stopwatch)
     monkeypatch.setattr(latency, "_rest", lambda *_: 0.25)
     return called
 
