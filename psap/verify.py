@@ -17,15 +17,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
-from psap.copying import copied
 from psap.decisions import Decisions
 from psap.errors import ArgumentError, VerificationError
 from psap.foreign import Foreign
 from psap.graph.outputs import NoDropout, output_tensors
 from psap.layerwise import Glimpse, first_difference, glimpses, stopped_at
+from psap.noise import EvenNoise
 from psap.plans import Plan
+from psap.randomising import random_inputs, randomised
 from psap.settling import settle, settling
 from psap.sloping import Sloping
 from psap.untouched import untouched
@@ -95,20 +96,22 @@ def verify(
         try:
             return _verified(model, plan, inputs, networks, mode)
         except VerificationError:
-            if not _narrows(model, inputs):
+            narrows, draws = _narrows_or_draws(model, inputs)
+            if not narrows and not draws:
                 raise
-        with Widening():
-            return _verified(model, plan, inputs, networks, mode)
+        with Widening() if narrows else nullcontext():
+            return _verified(model, plan, inputs, networks, mode, even=draws)
 
 
-def _narrows(model: nn.Module, inputs: tuple[Any, ...]) -> bool:
-    """Whether a float64 copy of a model still computes with other floating numbers."""
+def _narrows_or_draws(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[bool, bool]:
+    """Whether a float64 copy of a model computes with narrower numbers, and draws random ones."""
     generator = torch.Generator().manual_seed(0)
-    wide = randomised(model, generator).eval()
-    widening = Widening()
-    with suppress(Exception), torch.no_grad(), widening:
-        wide(*_random_inputs(inputs, generator))
-    return widening.changed
+    wide = randomised(model, generator)
+    widening, even = Widening(), EvenNoise(mean=False)
+    for training in (False, True):
+        with suppress(Exception), torch.no_grad(), NoDropout(), widening, even:
+            wide.train(training)(*random_inputs(inputs, generator))
+    return widening.changed, even.changed
 
 
 def _verified(
@@ -117,11 +120,13 @@ def _verified(
     inputs: tuple[Any, ...],
     networks: Callable[[torch.Generator], tuple[nn.Module, nn.Module]],
     mode: str,
+    *,
+    even: bool = False,
 ) -> Verification:
     for draw in range(DRAWS):
         generator = torch.Generator().manual_seed(draw)
         masked, small = networks(generator)
-        proof = _Proof(masked, small, plan, _random_inputs(inputs, generator))
+        proof = _Proof(masked, small, plan, random_inputs(inputs, generator), even)
         proof.run(model)
         if proof.alive:
             return Verification(proof.worst, "float64", proof.modes, mode, proof.silent())
@@ -136,6 +141,7 @@ class _Way(NamedTuple):
 
     training: bool
     sloping: bool
+    even: bool
 
     @property
     def mode(self) -> str:
@@ -157,7 +163,12 @@ class _Proof:
     """
 
     def __init__(
-        self, masked: nn.Module, small: nn.Module, plan: Plan, inputs: tuple[Any, ...]
+        self,
+        masked: nn.Module,
+        small: nn.Module,
+        plan: Plan,
+        inputs: tuple[Any, ...],
+        even: bool,
     ) -> None:
         self.worst = 0.0
         self.modes: tuple[str, ...] = ()
@@ -165,6 +176,7 @@ class _Proof:
         self._telling = any(x.is_floating_point() and x.shape[0] > 1 for x in tensors)
         self.alive = not self._telling
         self._masked, self._small, self._plan, self._inputs = masked, small, plan, inputs
+        self._even = even
         self._failure = ""
         self._settled = False
         self._silent: dict[str, bool] = {}
@@ -180,10 +192,10 @@ class _Proof:
             ArgumentError: it still runs parts of the model.
         """
         self._foreign = Foreign(model, self._masked)
-        self._compare(_Way(training=False, sloping=True))
-        self._compare(_Way(training=False, sloping=False))
-        if not self._compare(_Way(training=True, sloping=True)):
-            self._compare(_Way(training=True, sloping=False))
+        self._compare(training=False, sloping=True)
+        self._compare(training=False, sloping=False)
+        if not self._compare(training=True, sloping=True):
+            self._compare(training=True, sloping=False)
         if not self.modes:
             raise VerificationError(
                 "the dense network itself failed on random float64 inputs: "
@@ -194,8 +206,9 @@ class _Proof:
         """Layers that gave the same for all inputs whenever they were looked at."""
         return tuple(name for name, silent in self._silent.items() if silent)
 
-    def _compare(self, way: _Way) -> bool:
+    def _compare(self, *, training: bool, sloping: bool) -> bool:
         """Compare in one way; returns whether there was something to compare."""
+        way = _Way(training, sloping, self._even)
         decided = Decisions(None, TOLERANCE)
         settles = not (way.training or self._settled)
         try:
@@ -303,52 +316,6 @@ def _made(make: Callable[[nn.Module], nn.Module], dense: nn.Module) -> nn.Module
         raise VerificationError(f"building failed with {type(error).__name__}: {error}") from error
 
 
-@torch.no_grad()
-def randomised(model: nn.Module, generator: torch.Generator) -> nn.Module:
-    """A float64 copy with random norms, and no parameter that is the same number everywhere."""
-    dense = copied(model).double()
-    for module in dense.modules():
-        if isinstance(module, nn.modules.batchnorm._NormBase):
-            for name in ("weight", "bias", "running_mean", "running_var"):
-                tensor = getattr(module, name, None)
-                if tensor is not None:
-                    _randomise(tensor, name in ("weight", "running_var"), generator)
-    for parameter in dense.parameters():
-        if parameter.is_floating_point() and parameter.numel():
-            first, last = parameter.reshape(-1)[[0, -1]]
-            if bool(first == last) and bool((parameter == first).all()):
-                _randomise(parameter, bool(first != 0), generator)
-    return dense
-
-
-def _randomise(tensor: Tensor, positive: bool, generator: torch.Generator) -> None:
-    numbers = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
-    tensor.copy_(numbers + (0.5 if positive else -0.5))
-
-
-def _random_inputs(inputs: tuple[Any, ...], generator: torch.Generator) -> tuple[Any, ...]:
-    """Random float64 inputs, at least two of them where the inputs are a batch of one.
-
-    Every other sample is large, so that no bias keeps an activation function on one of its sides.
-    """
-    tensors = [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.dim()]
-    single = bool(tensors) and all(x.shape[0] == 1 for x in tensors)
-
-    def made(x: Any) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        shape = [2, *x.shape[1:]] if single and x.dim() else list(x.shape)
-        if x.is_floating_point():
-            numbers = torch.randn(shape, generator=generator, dtype=torch.float64)
-            if numbers.dim():
-                numbers[1::2] *= 8
-            return numbers.to(x.device)
-        return x.expand(shape).clone()
-
-    result: tuple[Any, ...] = tree_map(made, inputs)
-    return result
-
-
 def _run(model: nn.Module, inputs: tuple[Any, ...], way: _Way) -> list[Tensor]:
     """All outputs; of a second pass too, and its counters, where a pass changes buffers."""
     norms = {
@@ -357,7 +324,12 @@ def _run(model: nn.Module, inputs: tuple[Any, ...], way: _Way) -> list[Tensor]:
         if isinstance(module, nn.modules.batchnorm._NormBase)
         for key in module._buffers
     }
-    with untouched(model), NoDropout(), Sloping() if way.sloping else nullcontext():
+    with (
+        untouched(model),
+        NoDropout(),
+        Sloping() if way.sloping else nullcontext(),
+        EvenNoise(mean=way.training) if way.even else nullcontext(),
+    ):
         model.train(way.training)
         torch.default_generator.manual_seed(0)  # torch.manual_seed is slower than a small network
         if torch.cuda.is_initialized():
