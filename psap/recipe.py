@@ -21,6 +21,7 @@ from psap.files import Path_, read, write
 from psap.graph.inputs import check_model
 from psap.plans import Plan
 from psap.program import program
+from psap.refitting import bare_norms, refit_bare
 from psap.shrink import Result, other_model, small_copy
 from psap.untouched import trainable
 
@@ -132,8 +133,7 @@ class Saved:
                 "network that was pruned twice: lambda: psap.load(path of the first small "
                 "network, factory))"
             )
-        make = small_copy if self.mode == "module" else _program
-        small = make(dense, self.plan)
+        small = _small(dense, self.plan, self.mode)
         _fill(small, self.tensors, self.aliases, self.path)
         return small
 
@@ -196,19 +196,30 @@ def read_saved(path: Path_) -> Saved:
     return Saved(path, tensors, body["mode"], body["aliases"], plan)
 
 
-def _program(dense: nn.Module, plan: Plan) -> nn.Module:
+def _inputs(dense: nn.Module, plan: Plan) -> tuple[Tensor, ...] | None:
+    """Zeros of the shapes that a plan was traced with; None if it does not say them all."""
     device = next(dense.parameters()).device
     inputs = []
     for spec in plan.inputs:
         if spec is None:
-            raise FileError(
-                "the recipe was traced with inputs that are no tensors; apply the plan anew"
-            )
+            return None
         dtype = getattr(torch, spec.dtype, None)
         if not isinstance(dtype, torch.dtype) or not 0 < math.prod(spec.shape) <= MOST_ELEMENTS:
             raise FileError(f"the recipe is damaged: no network takes an input like {spec}")
         inputs.append(torch.zeros(spec.shape, dtype=dtype, device=device))
-    return program(dense, plan, tuple(inputs), small_copy)
+    return tuple(inputs)
+
+
+def _small(dense: nn.Module, plan: Plan, mode: Literal["module", "graph"]) -> nn.Module:
+    if mode == "module":
+        small = small_copy(dense, plan)
+        return refit_bare(small, _inputs(dense, plan)) if bare_norms(small) else small
+    inputs = _inputs(dense, plan)
+    if inputs is None:
+        raise FileError(
+            "the recipe was traced with inputs that are no tensors; apply the plan anew"
+        )
+    return refit_bare(program(dense, plan, inputs, small_copy), inputs)
 
 
 @torch.no_grad()

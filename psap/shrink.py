@@ -23,6 +23,7 @@ from psap.members import all_tensors, named_modules
 from psap.plans import Plan, fingerprint
 from psap.program import program
 from psap.ranks import Ranks
+from psap.refitting import refit, refit_bare
 from psap.untouched import trainable
 from psap.verify import Verification, require_finite, verify
 
@@ -204,55 +205,8 @@ def small_copy(model: nn.Module, plan: Plan) -> nn.Module:
         memo[id(tensors[names[at]])].grad = part
     small = copied(model, memo)
     for _, module in named_modules(small):
-        _refit(module)
+        refit(module)
     return small
-
-
-def _refit(module: nn.Module) -> None:
-    """Let the attributes of a module follow the shapes of its tensors."""
-    weight = _weight(module)
-    if isinstance(module, nn.modules.batchnorm._NormBase):
-        vector = weight if weight is not None else module._buffers.get("running_mean")
-        if vector is not None:
-            module.num_features = vector.shape[0]
-    if weight is None:
-        return
-    if isinstance(module, nn.modules.conv._ConvNd):
-        _refit_conv(module, weight)
-    elif isinstance(module, nn.Linear):
-        module.out_features, module.in_features = weight.shape
-    elif isinstance(module, nn.PReLU):
-        module.num_parameters = weight.numel()
-    elif isinstance(module, nn.Embedding):
-        module.embedding_dim = weight.shape[1]
-    elif isinstance(module, nn.GroupNorm):
-        alone = module.num_groups == module.num_channels
-        module.num_channels = weight.shape[0]
-        module.num_groups = weight.shape[0] if alone else module.num_groups
-    elif isinstance(module, nn.LayerNorm):
-        module.normalized_shape = tuple(weight.shape)
-
-
-def _weight(module: nn.Module) -> Tensor | None:
-    """The weight of a module, or what a weight norm or spectral norm computes it from."""
-    for name in ("weight", "weight_v", "weight_orig"):
-        if module._parameters.get(name) is not None:
-            return module._parameters[name]
-    computed = module._modules.get("parametrizations")
-    if not isinstance(computed, nn.ModuleDict) or "weight" not in computed:
-        return None
-    return list(computed["weight"].parameters(recurse=False))[-1]
-
-
-def _refit_conv(module: nn.modules.conv._ConvNd, weight: Tensor) -> None:
-    depthwise = module.groups > 1 and module.in_channels == module.groups
-    multiplier = module.out_channels // module.groups
-    if depthwise:
-        module.groups = weight.shape[0] if module.transposed else weight.shape[0] // multiplier
-    if module.transposed:
-        module.in_channels, module.out_channels = weight.shape[0], weight.shape[1] * module.groups
-    else:
-        module.out_channels, module.in_channels = weight.shape[0], weight.shape[1] * module.groups
 
 
 @called("psap.apply(model, plan, optimizer=optimizer)")
@@ -335,11 +289,10 @@ def apply(
 
 def _again(dense: nn.Module, plan: Plan, mode: str, inputs: tuple[Any, ...] | None) -> nn.Module:
     """The small network of a copy of the model, made in the same mode, on its own device."""
-    if mode == "module":
-        return small_copy(dense, plan)
     device = next(dense.parameters()).device
-    moved = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, inputs or ())
-    return program(dense, plan, moved, small_copy)
+    moved = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, inputs)
+    small = small_copy(dense, plan) if mode == "module" else program(dense, plan, moved, small_copy)
+    return refit_bare(small, moved)
 
 
 def _gatherer(plan: Plan) -> optim.Gather:
@@ -376,17 +329,17 @@ def _build(
             "psap.trace(model, example_inputs, gated=True), which leaves them alone"
         )
     if mode in ("auto", "module") and not plan.counted:
-        makers["module"] = lambda dense: small_copy(dense, plan)
+        makers["module"] = lambda dense: refit_bare(small_copy(dense, plan), inputs)
     if mode in ("auto", "graph") and inputs is not None:
-        makers["graph"] = lambda dense: program(dense, plan, inputs, small_copy, notes)
+        makers["graph"] = lambda dense: refit_bare(
+            program(dense, plan, inputs, small_copy, notes), inputs
+        )
     failures = []
     if check:
         require_finite(model)
     for name, make in makers.items():
         try:
-            if not check:
-                return make(model), name, None
-            proof = verify(model, plan, inputs or (), make, zero_, name)
+            proof = verify(model, plan, inputs or (), make, zero_, name) if check else None
             return make(model), name, proof
         except VerificationError as error:
             left = [note for note in dict.fromkeys(notes) if note not in str(error)]

@@ -242,7 +242,7 @@ def test_what_is_no_file_of_ours_is_refused(tmp_path: Path) -> None:
     psap.save(shrunk(Chain()), path)
     with pytest.raises(psap.FileError, match="holds 'psap-recipe', and is no tree"):
         read_tree(path)
-    with pytest.raises(psap.FileError, match="does not exist; pass the path of a network"):
+    with pytest.raises(psap.FileError, match="is no regular file; pass the path of a network"):
         psap.load(tmp_path, Chain)
 
 

@@ -277,8 +277,3 @@ def test_an_interrupt_while_cleaning_up(tmp_path: Path, monkeypatch: pytest.Monk
         atomic_write(tmp_path / "a", "text")
     assert (tmp_path / "a").read_text() == "text"
     assert os.listdir(tmp_path) == ["a"]
-
-
-def test_a_folder_is_not_said_to_be_missing(tmp_path: Path) -> None:
-    with pytest.raises(psap.FileError, match="is no regular file; pass the path of a network"):
-        psap.load(tmp_path, Chain)
