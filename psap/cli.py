@@ -84,6 +84,8 @@ def export(
         num_classes: classes of the dense architecture; by default what the file says.
         input: shape of one input, such as 3,32,32; by default what the file says.
     """
+    from torch.utils._pytree import tree_leaves
+
     import psap
     from psap.rebuilding import dense_factory, recorded_inputs
     from psap.recipe import read_saved
@@ -100,8 +102,9 @@ def export(
         path = source / "small.safetensors"
     saved = read_saved(path)
     plan = saved.plan
-    inputs = (_zeros(input),) if input else recorded_inputs(plan, path)
-    channels = inputs[0].shape[1] if inputs[0].dim() > 1 else 1
+    inputs: Any = (_zeros(input),) if input else recorded_inputs(plan, path)
+    first = next(x for x in tree_leaves(inputs) if hasattr(x, "shape"))
+    channels = first.shape[1] if first.dim() > 1 else 1
     factory = dense_factory(plan, path, arch, num_classes=num_classes, in_channels=channels)
     small = saved.rebuild(factory)
     if out is None:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from psap.errors import PsapError, VerificationError
 from psap.files import Path_, replacing, require_writable
-from psap.graph.inputs import as_inputs
+from psap.graph.inputs import Inputs, as_inputs, forward
 from psap.graph.trace import output_tensors
 from psap.recipe import check_is_result
 from psap.shrink import Result
@@ -43,7 +43,7 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _inputs(value: Result | nn.Module, example_inputs: Any, dynamic_batch: bool) -> tuple[Any, ...]:
+def _inputs(value: Result | nn.Module, example_inputs: Any, dynamic_batch: bool) -> Inputs:
     if example_inputs is None and isinstance(value, Result):
         example_inputs = value.inputs
     inputs = as_inputs(example_inputs)
@@ -54,18 +54,19 @@ def _inputs(value: Result | nn.Module, example_inputs: Any, dynamic_batch: bool)
     def doubled(x: Any) -> Any:  # a batch of one would be taken for a constant
         return x.expand(2, *x.shape[1:]).contiguous() if isinstance(x, Tensor) and x.dim() else x
 
-    result: tuple[Any, ...] = tree_map(doubled, inputs)
+    result: Inputs = tree_map(doubled, inputs)
     return result
 
 
-def _program(model: nn.Module, inputs: tuple[Any, ...], dynamic_batch: bool) -> Any:
+def _program(model: nn.Module, inputs: Inputs, dynamic_batch: bool) -> Any:
     batch = torch.export.Dim("batch", min=1)
     shapes = tree_map(lambda x: {0: batch} if isinstance(x, Tensor) and x.dim() else None, inputs)
     try:
         with _quiet(), untouched(model):
             model.eval()
+            args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, None)
             return torch.export.export(
-                model, inputs, dynamic_shapes=shapes if dynamic_batch else None
+                model, args, kwargs, dynamic_shapes=shapes if dynamic_batch else None
             )
     except Exception as error:
         hint = "; try dynamic_batch=False" if dynamic_batch else ""
@@ -74,9 +75,9 @@ def _program(model: nn.Module, inputs: tuple[Any, ...], dynamic_batch: bool) -> 
         ) from error
 
 
-def _expected(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
+def _expected(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     with untouched(model):
-        return output_tensors(model.eval()(*inputs))
+        return output_tensors(forward(model.eval(), inputs))
 
 
 def _difference(wanted: list[Tensor], got: list[Tensor], what: str) -> float:
@@ -98,7 +99,7 @@ def _difference(wanted: list[Tensor], got: list[Tensor], what: str) -> float:
     return worst
 
 
-def _run_onnx(path: Path, model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
+def _run_onnx(path: Path, model: nn.Module, inputs: Inputs) -> list[Tensor]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -108,7 +109,10 @@ def _run_onnx(path: Path, model: nn.Module, inputs: tuple[Any, ...]) -> list[Ten
         session = onnxruntime.InferenceSession(
             str(path), options, providers=["CPUExecutionProvider"]
         )
-        feeds = {i.name: x.numpy() for i, x in zip(session.get_inputs(), tensors, strict=True)}
+        names = [i.name for i in session.get_inputs()]
+        if isinstance(inputs, dict) and set(names) <= set(inputs):  # in the order of forward()
+            tensors = [inputs[name].detach().cpu() for name in names]
+        feeds = {name: x.numpy() for name, x in zip(names, tensors, strict=True)}
         return [torch.from_numpy(y) for y in session.run(None, feeds)]
     except Exception as error:  # it knows few operators in float64, and none in bfloat16
         raise PsapError(
@@ -131,7 +135,7 @@ def export_onnx(
     Args:
         model: a result or any module; it is not changed.
         path: where to; replaced atomically, and only if the check holds.
-        example_inputs: a tensor or a tuple; by default what the result was traced with.
+        example_inputs: as for `psap.trace`; by default what the result was traced with.
         dynamic_batch: let the first dimension of every input vary.
         check: compare with PyTorch in ONNX Runtime.
 
@@ -182,7 +186,7 @@ def export_pt2(
     Args:
         model: a result or any module; it is not changed.
         path: where to; replaced atomically, and only if the check holds.
-        example_inputs: a tensor or a tuple; by default what the result was traced with.
+        example_inputs: as for `psap.trace`; by default what the result was traced with.
         dynamic_batch: let the first dimension of every input vary.
         check: compare the loaded file with PyTorch.
 
@@ -206,5 +210,5 @@ def export_pt2(
         if not check:
             return None
         with _quiet(), temporary.open("rb") as opened, torch.no_grad():
-            got = output_tensors(torch.export.load(opened).module()(*inputs))
+            got = output_tensors(forward(torch.export.load(opened).module(), inputs))
         return _difference(_expected(module, inputs), got, "the .pt2 file")

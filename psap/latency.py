@@ -22,11 +22,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from psap import measure
 from psap.errors import ArgumentError, ArgumentTypeError, FileError
 from psap.files import atomic_write, checked, require_writable
 from psap.graph import Graph
+from psap.graph.inputs import Inputs
 from psap.layers import Layer, layers
 
 Floats = NDArray[np.float64]
@@ -175,7 +177,7 @@ def measure_latency(
 def _key(graph: Graph) -> str:
     from psap.plans import fingerprint
 
-    shapes = [list(x.shape) for x in graph.inputs if isinstance(x, Tensor)]
+    shapes = [list(x.shape) for x in tree_leaves(graph.inputs) if isinstance(x, Tensor)]
     return f"{fingerprint(graph.model)} {shapes}"
 
 
@@ -207,9 +209,7 @@ def _curve(layer: Layer, device: torch.device, threads: int) -> Curve:
     return Curve(knots, tuple(tuple(row) for row in ms.tolist()))
 
 
-def _fastest(
-    call: Callable[..., Any], inputs: tuple[Any, ...], device: torch.device, threads: int
-) -> float:
+def _fastest(call: Callable[..., Any], inputs: Inputs, device: torch.device, threads: int) -> float:
     """The fastest of several calls: the one that other load disturbed least."""
     once = measure.stopwatch(device, cpu_time=threads == 1)
     with torch.inference_mode():

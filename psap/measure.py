@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from psap.errors import ArgumentError, FileError
+from psap.graph.inputs import Inputs, forward
 from psap.untouched import unchanged
 
-Inputs = Tensor | tuple[Any, ...]
-Once = Callable[[Callable[..., Any], tuple[Any, ...], torch.device], float]
+Once = Callable[[Callable[..., Any], Inputs, torch.device], float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +62,7 @@ class Comparison:
 
 def latency_ms(
     model: nn.Module,
-    example_inputs: Inputs,
+    example_inputs: Tensor | Inputs,
     *,
     repeats: int = 50,
     warmup: int = 10,
@@ -71,7 +72,8 @@ def latency_ms(
 
     Args:
         model: on a CPU or on a CUDA device; its train flags are left as they were.
-        example_inputs: a tensor, or a tuple of the positional inputs, on the same device.
+        example_inputs: a tensor, a tuple of positional inputs, or a dict of inputs by keyword, on
+            the same device.
         repeats: passes that are timed.
         warmup: passes before them.
         threads: CPU threads of one operator while timing; None keeps the present number.
@@ -86,7 +88,7 @@ def latency_ms(
 def compare_latency(
     a: nn.Module,
     b: nn.Module,
-    example_inputs: Inputs,
+    example_inputs: Tensor | Inputs,
     *,
     repeats: int = 50,
     warmup: int = 10,
@@ -124,7 +126,7 @@ def file_size(path: str | Path) -> int:
 
 def latencies(
     models: tuple[nn.Module, ...],
-    example_inputs: Inputs,
+    example_inputs: Tensor | Inputs,
     *,
     repeats: int,
     warmup: int,
@@ -141,7 +143,7 @@ def latencies(
             raise ArgumentError(f"{name} is {value}; pass a whole number >= {low}")
     if threads is not None and threads < 1:
         raise ArgumentError(f"threads is {threads}; pass a whole number >= 1, or None")
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
     device = _device(models, inputs)
     once = stopwatch(device, cpu_time=cpu_time)
     times = np.empty((len(models), repeats))
@@ -166,8 +168,8 @@ def latencies(
     ]
 
 
-def _device(models: tuple[nn.Module, ...], inputs: tuple[Any, ...]) -> torch.device:
-    tensors = [item for item in inputs if isinstance(item, Tensor)]
+def _device(models: tuple[nn.Module, ...], inputs: Inputs) -> torch.device:
+    tensors = [item for item in tree_leaves(inputs) if isinstance(item, Tensor)]
     for model in models:
         tensors += [*model.parameters(), *model.buffers()]
     devices = {tensor.device for tensor in tensors}
@@ -209,19 +211,19 @@ def stopwatch(device: torch.device, *, cpu_time: bool = False) -> Once:
         return _once_cuda
     clock = time.process_time_ns if cpu_time else time.perf_counter_ns
 
-    def once(model: Callable[..., Any], inputs: tuple[Any, ...], _: torch.device) -> float:
+    def once(model: Callable[..., Any], inputs: Inputs, _: torch.device) -> float:
         start = clock()
-        model(*inputs)
+        forward(model, inputs)
         return (clock() - start) / 1e6
 
     return once
 
 
-def _once_cuda(model: Callable[..., Any], inputs: tuple[Any, ...], device: torch.device) -> float:
+def _once_cuda(model: Callable[..., Any], inputs: Inputs, device: torch.device) -> float:
     with torch.cuda.device(device):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        model(*inputs)
+        forward(model, inputs)
         end.record()
         end.synchronize()
         return float(start.elapsed_time(end))

@@ -12,6 +12,7 @@ from torch import nn
 
 from psap.errors import TraceError
 from psap.graph.groups import met, run_auxiliary
+from psap.graph.inputs import Inputs
 from psap.graph.labels import Ints
 from psap.graph.rules import RULES
 from psap.graph.trace import Tracer, run
@@ -25,7 +26,7 @@ def openings(
     model: nn.Module,
     plan: Plan,
     gone: Bools | None,
-    inputs: tuple[Any, ...],
+    inputs: Inputs,
     alive: Callable[[Tracer], Ints],
 ) -> dict[str, Mapping[str, Any]]:
     """The modules in whose own forward() a call with sizes meets a channel that goes.

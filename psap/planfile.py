@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
+from psap import inputspec
 from psap.cost import Cost, LayerCost
 from psap.errors import ArgumentTypeError, FileError
 from psap.graph.alike import packed
-from psap.plans import GroupPlan, InputSpec, Plan, SidePlan
+from psap.plans import GroupPlan, Plan, SidePlan
 
 FORMAT = "psap-plan"
 VERSION = 1
@@ -88,7 +86,7 @@ def to_json(plan: Plan) -> str:
         "after": vars(plan.after),
         "layers": [[vars(a), vars(b)] for a, b in plan.layers],
         "left_alone": dict(plan.left_alone),
-        "inputs": [None if i is None else vars(i) for i in plan.inputs],
+        "inputs": inputspec.to_json(plan.inputs),
     }
     return json.dumps(body)
 
@@ -132,7 +130,7 @@ def _from_body(body: Mapping[str, Any]) -> Plan:
         after=_cost(body["after"], "after"),
         layers=tuple((_layer(a), _layer(b)) for a, b in body["layers"]),
         left_alone={name: _text(body["left_alone"], name) for name in body["left_alone"]},
-        inputs=tuple(None if i is None else _input(i) for i in body["inputs"]),
+        inputs=inputspec.from_json(body["inputs"]),
     )
 
 
@@ -169,14 +167,3 @@ def _layer(body: Mapping[str, Any]) -> LayerCost:
     name = _text(body, "weight")
     shape = tuple(_whole(size, name) for size in body["shape"])
     return LayerCost(name, shape, _whole(body["macs"], name))
-
-
-def _input(body: Mapping[str, Any]) -> InputSpec:
-    """An input that `psap.apply` will make up: a real dtype, and no bomb of a shape."""
-    shape = tuple(_whole(size, "inputs") for size in body["shape"])
-    dtype = _text(body, "dtype")
-    if math.prod(shape) > MOST_POSITIONS or not isinstance(
-        getattr(torch, dtype, None), torch.dtype
-    ):
-        raise _damaged("inputs")
-    return InputSpec(shape, dtype)

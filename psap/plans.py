@@ -17,6 +17,7 @@ from psap.cost import KINDS, Budget, Cost, CostModel, LayerCost
 from psap.errors import ArgumentError, ArgumentTypeError, TargetError
 from psap.graph import Graph
 from psap.graph.parts import part
+from psap.inputspec import specs
 from psap.members import all_tensors
 from psap.plandiff import PlanDiff, diff
 
@@ -65,14 +66,6 @@ class SidePlan:
 
 
 @dataclass(frozen=True)
-class InputSpec:
-    """Shape and dtype of an example input, enough to make one up."""
-
-    shape: tuple[int, ...]
-    dtype: str
-
-
-@dataclass(frozen=True)
 class Plan:
     """Which channels of a model stay: what `psap.plan` returns and `psap.apply` carries out.
 
@@ -84,7 +77,7 @@ class Plan:
         after: cost of the small one.
         layers: cost of every weight, before and after.
         left_alone: why a layer keeps all of its channels, or "layer (channels 0-3 of 8)" those.
-        inputs: what the model was traced with.
+        inputs: what the model was traced with: an `InputSpec` in the place of every tensor.
         graph: the graph it was made from; absent after `from_json`.
         counted: whether a norm counts channels that go, so that only graph mode is exact.
     """
@@ -96,7 +89,7 @@ class Plan:
     after: Cost
     layers: tuple[tuple[LayerCost, LayerCost], ...]
     left_alone: Mapping[str, str]
-    inputs: tuple[InputSpec | None, ...]
+    inputs: Any
     graph: Graph | None = field(default=None, compare=False, repr=False)
     counted: bool = field(default=False, compare=False)
 
@@ -217,12 +210,7 @@ def from_masks(graph: Graph, kept: Sequence[Sequence[int]], cost: CostModel | No
         after=cost.cost(widths),
         layers=tuple(zip(cost.layers(cost.sizes), cost.layers(widths), strict=True)),
         left_alone=dict(graph.left_alone),
-        inputs=tuple(
-            InputSpec(tuple(x.shape), str(x.dtype).removeprefix("torch."))
-            if isinstance(x, Tensor)
-            else None
-            for x in graph.inputs
-        ),
+        inputs=specs(graph.inputs),
         graph=graph,
         counted=any(len(kept[n]) < graph.groups[n].size for n in graph.counted),
     )

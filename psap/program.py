@@ -22,6 +22,7 @@ from psap.errors import VerificationError
 from psap.examples import example_of, examples
 from psap.generated import Generator
 from psap.graph.groups import no_collection
+from psap.graph.inputs import Inputs, forward
 from psap.graph.labels import Ints
 from psap.members import named_modules
 from psap.openings import openings, removed
@@ -39,7 +40,7 @@ from psap.untouched import untouched
 def program(
     model: nn.Module,
     plan: Plan,
-    inputs: tuple[Any, ...],
+    inputs: Inputs,
     small_copy: Callable[[nn.Module, Plan], nn.Module],
     notes: list[str] | None = None,
 ) -> nn.Module:
@@ -90,7 +91,7 @@ def program(
 def _traced(
     model: nn.Module,
     opened: Mapping[str, Mapping[str, Any]],
-    inputs: tuple[Any, ...],
+    inputs: Inputs,
     failures: list[str],
 ) -> dict[str, fx.GraphModule]:
     """Programs of modules; those that ask for sizes get what one more run of the model shows."""
@@ -110,7 +111,7 @@ def _traced(
     if errors:
         with untouched(model), examples(model) as given:
             model.eval()
-            model(*inputs)
+            forward(model, inputs)
         known = {name: {**opened[name], **example_of(name, given)} for name in errors}
         errors = together(lambda: trace_all(known))
         last = {name: known[name] for name in errors}
@@ -161,9 +162,9 @@ def _places(model: nn.Module) -> dict[int, list[tuple[dict[str, Any], str]]]:
     return found
 
 
-def _cast(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def _cast(model: nn.Module, inputs: Inputs) -> Inputs:
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    cast: tuple[Any, ...] = tree_map(
+    cast: Inputs = tree_map(
         lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, inputs
     )
     return cast

@@ -57,7 +57,8 @@ class Pruner:
 
     Args:
         model: the model; on its final device, with the parameters that shall train unfrozen.
-        example_inputs: a tensor, or a tuple of the positional inputs, on the model's device.
+        example_inputs: a tensor, a tuple of positional inputs, or a dict of inputs by keyword, on
+            the model's device.
         optimizer: the model's optimizer.
         config: what to prune to, and how.
         keep_optimizer: False for an optimizer whose state cannot be cut by channel (LBFGS,

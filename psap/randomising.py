@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from psap.copying import copied
+from psap.graph.inputs import Inputs
 
 
 @torch.no_grad()
@@ -34,7 +35,7 @@ def _randomise(tensor: Tensor, positive: bool, generator: torch.Generator) -> No
     tensor.copy_(numbers + (0.5 if positive else -0.5))
 
 
-def random_inputs(inputs: tuple[Any, ...], generator: torch.Generator) -> tuple[Any, ...]:
+def random_inputs(inputs: Inputs, generator: torch.Generator) -> Inputs:
     """Random float64 inputs, at least two of them where the inputs are a batch of one.
 
     Every other sample is large, so that no bias keeps an activation function on one of its sides.
@@ -53,5 +54,5 @@ def random_inputs(inputs: tuple[Any, ...], generator: torch.Generator) -> tuple[
             return numbers.to(x.device)
         return x.expand(shape).clone()
 
-    result: tuple[Any, ...] = tree_map(made, inputs)
+    result: Inputs = tree_map(made, inputs)
     return result

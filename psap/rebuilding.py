@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from psap.errors import ArgumentError
+from psap.graph.inputs import Inputs
+from psap.inputspec import zeros
 from psap.models import create
 from psap.models.factory import FACTORIES
 from psap.plans import Plan, fingerprint
@@ -17,19 +19,16 @@ MOST_CLASSES = 1 << 20
 """No network is guessed that has more (a guard against bombs)."""
 
 
-def recorded_inputs(plan: Plan, path: Path) -> tuple[Tensor, ...]:
+def recorded_inputs(plan: Plan, path: Path) -> Inputs:
     """Zeros of the shapes and dtypes of the inputs that a plan was made with.
 
     Raises:
-        ArgumentError: there are none, or one was no tensor.
+        ArgumentError: there are none, or one was an object that no file holds.
     """
-    if not plan.inputs or any(spec is None for spec in plan.inputs):
+    inputs = zeros(plan.inputs)
+    if inputs is None:
         raise ArgumentError(f"{path} does not say the shapes of its inputs; pass --input 3,32,32")
-    return tuple(
-        torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype))
-        for spec in plan.inputs
-        if spec is not None
-    )
+    return inputs
 
 
 def recorded_classes(plan: Plan) -> int | None:

@@ -8,7 +8,6 @@ tensors in the same kind of file; checkpoints are trees.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from psap.errors import ArgumentError, ArgumentTypeError, FileError
 from psap.files import Path_, read, write
 from psap.graph.inputs import check_model
+from psap.inputspec import zeros
 from psap.plans import Plan
 from psap.program import program
 from psap.refitting import bare_norms, refit_bare
@@ -27,8 +27,6 @@ from psap.untouched import trainable
 
 FORMAT = "psap-recipe"
 VERSION = 1
-MOST_ELEMENTS = 1 << 28
-"""A recipe may not ask for larger example inputs (a guard against bombs)."""
 
 
 def _check_header(path: Path_, body: Mapping[str, Any], form: str, version: int, what: str) -> None:
@@ -196,28 +194,15 @@ def read_saved(path: Path_) -> Saved:
     return Saved(path, tensors, body["mode"], body["aliases"], plan)
 
 
-def _inputs(dense: nn.Module, plan: Plan) -> tuple[Tensor, ...] | None:
-    """Zeros of the shapes that a plan was traced with; None if it does not say them all."""
-    device = next(dense.parameters()).device
-    inputs = []
-    for spec in plan.inputs:
-        if spec is None:
-            return None
-        dtype = getattr(torch, spec.dtype, None)
-        if not isinstance(dtype, torch.dtype) or not 0 < math.prod(spec.shape) <= MOST_ELEMENTS:
-            raise FileError(f"the recipe is damaged: no network takes an input like {spec}")
-        inputs.append(torch.zeros(spec.shape, dtype=dtype, device=device))
-    return tuple(inputs)
-
-
 def _small(dense: nn.Module, plan: Plan, mode: Literal["module", "graph"]) -> nn.Module:
+    device = next(dense.parameters()).device
     if mode == "module":
         small = small_copy(dense, plan)
-        return refit_bare(small, _inputs(dense, plan)) if bare_norms(small) else small
-    inputs = _inputs(dense, plan)
+        return refit_bare(small, zeros(plan.inputs, device)) if bare_norms(small) else small
+    inputs = zeros(plan.inputs, device)
     if inputs is None:
         raise FileError(
-            "the recipe was traced with inputs that are no tensors; apply the plan anew"
+            "the recipe was traced with inputs that no file can hold; apply the plan anew"
         )
     return refit_bare(program(dense, plan, inputs, small_copy), inputs)
 

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from psap.graph import Graph, Side
 from psap.graph.counting import Given
+from psap.graph.inputs import Inputs
 from psap.graph.labels import TAINT, Ints, plain
 from psap.graph.rules import RULES
 from psap.graph.trace import Tracer, following, run
@@ -105,7 +106,7 @@ Records = dict[str, tuple[Record, Ints]]
 def recorded(
     model: nn.Module,
     dense: Mapping[str, fx.GraphModule],
-    inputs: tuple[Any, ...],
+    inputs: Inputs,
     plan: Plan,
     gone: Bools | None,
 ) -> Records:

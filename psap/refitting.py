@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from psap.graph.inputs import Inputs, forward
 from psap.members import named_modules
 from psap.untouched import untouched
 
@@ -75,7 +76,7 @@ def bare_norms(model: nn.Module) -> list[nn.Module]:
     return [m for _, m in named_modules(model) if type(m) in FEATURES and not m.state_dict()]
 
 
-def refit_bare(model: Model, inputs: tuple[Any, ...] | None) -> Model:
+def refit_bare(model: Model, inputs: Inputs | None) -> Model:
     """Let norms without any tensor follow what they meet when the model runs once.
 
     Args:
@@ -97,7 +98,7 @@ def refit_bare(model: Model, inputs: tuple[Any, ...] | None) -> Model:
     try:
         with untouched(model), warnings.catch_warnings(), suppress(Exception):
             warnings.simplefilter("ignore")
-            model.eval()(*_like(model, inputs))
+            forward(model.eval(), _like(model, inputs))
     finally:
         for hook in hooks:
             hook.remove()
@@ -106,7 +107,7 @@ def refit_bare(model: Model, inputs: tuple[Any, ...] | None) -> Model:
     return model
 
 
-def _like(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
+def _like(model: nn.Module, inputs: Inputs) -> Any:
     """Inputs on the device of a model, and of its dtype where they are floating numbers."""
     like = next(model.parameters())
 

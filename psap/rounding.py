@@ -17,6 +17,7 @@ from torch import nn
 from psap import measure
 from psap.errors import ArgumentError, TargetError
 from psap.graph import Graph
+from psap.graph.inputs import forward
 from psap.plans import Plan, plan
 from psap.shrink import apply
 
@@ -102,7 +103,7 @@ def _small(graph: Graph, made: Plan) -> nn.Module:
         small = apply(graph.model, made, check=False, mode="module").model
         try:
             with torch.no_grad():
-                small.eval()(*graph.inputs)
+                forward(small.eval(), graph.inputs)
             return small
         except Exception:  # sizes that forward() fixes
             pass

@@ -18,7 +18,8 @@ from psap.commit import commit
 from psap.copying import copied
 from psap.errors import ArgumentError, ArgumentTypeError, VerificationError
 from psap.graph.groups import no_collection
-from psap.graph.inputs import as_inputs, check_model
+from psap.graph.inputs import Inputs, as_inputs, check_model
+from psap.inputspec import zeros
 from psap.members import all_tensors, named_modules
 from psap.plans import Plan, fingerprint
 from psap.program import program
@@ -48,7 +49,7 @@ class Result:
     optimizer: torch.optim.Optimizer | None
     plan: Plan
     mode: Literal["module", "graph"]
-    inputs: tuple[Any, ...] | None
+    inputs: Inputs | None
     report: dict[str, Any]
     friends: tuple[Any, ...] = ()
 
@@ -287,7 +288,7 @@ def apply(
     return Result(small, first, done, made, inputs, report, others)
 
 
-def _again(dense: nn.Module, plan: Plan, mode: str, inputs: tuple[Any, ...] | None) -> nn.Module:
+def _again(dense: nn.Module, plan: Plan, mode: str, inputs: Inputs | None) -> nn.Module:
     """The small network of a copy of the model, made in the same mode, on its own device."""
     device = next(dense.parameters()).device
     moved = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, inputs)
@@ -300,23 +301,16 @@ def _gatherer(plan: Plan) -> optim.Gather:
     return lambda names, tensors: gather_all(tensors, [kept.get(name, {}) for name in names])
 
 
-def _inputs(plan: Plan, example_inputs: Any, model: nn.Module) -> tuple[Any, ...] | None:
+def _inputs(plan: Plan, example_inputs: Any, model: nn.Module) -> Inputs | None:
     if example_inputs is not None:
         return as_inputs(example_inputs)
     if plan.graph is not None:
         return plan.graph.inputs
-    if any(spec is None for spec in plan.inputs):
-        return None
-    device = next(model.parameters()).device
-    return tuple(
-        torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype), device=device)
-        for spec in plan.inputs
-        if spec is not None
-    )
+    return zeros(plan.inputs, next(model.parameters()).device)
 
 
 def _build(
-    model: nn.Module, plan: Plan, inputs: tuple[Any, ...] | None, mode: Mode, check: bool
+    model: nn.Module, plan: Plan, inputs: Inputs | None, mode: Mode, check: bool
 ) -> tuple[nn.Module, Literal["module", "graph"], Verification | None]:
     """The small network in the first mode whose proof holds."""
     if inputs is None and (check or mode == "graph"):

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from psap.decisions import Decisions
 from psap.errors import ArgumentError, VerificationError
 from psap.foreign import Foreign
+from psap.graph.inputs import Inputs, forward
 from psap.graph.outputs import NoDropout, output_tensors
 from psap.layerwise import Glimpse, first_difference, glimpses, stopped_at
 from psap.noise import EvenNoise
@@ -65,7 +66,7 @@ class Verification:
 def verify(
     model: nn.Module,
     plan: Plan,
-    inputs: tuple[Any, ...],
+    inputs: Inputs,
     make: Callable[[nn.Module], nn.Module],
     zero_: Callable[[nn.Module, Plan], None],
     mode: str,
@@ -103,21 +104,21 @@ def verify(
             return _verified(model, plan, inputs, networks, mode, even=draws)
 
 
-def _narrows_or_draws(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[bool, bool]:
+def _narrows_or_draws(model: nn.Module, inputs: Inputs) -> tuple[bool, bool]:
     """Whether a float64 copy of a model computes with narrower numbers, and draws random ones."""
     generator = torch.Generator().manual_seed(0)
     wide = randomised(model, generator)
     widening, even = Widening(), EvenNoise(mean=False)
     for training in (False, True):
         with suppress(Exception), torch.no_grad(), NoDropout(), widening, even:
-            wide.train(training)(*random_inputs(inputs, generator))
+            forward(wide.train(training), random_inputs(inputs, generator))
     return widening.changed, even.changed
 
 
 def _verified(
     model: nn.Module,
     plan: Plan,
-    inputs: tuple[Any, ...],
+    inputs: Inputs,
     networks: Callable[[torch.Generator], tuple[nn.Module, nn.Module]],
     mode: str,
     *,
@@ -167,7 +168,7 @@ class _Proof:
         masked: nn.Module,
         small: nn.Module,
         plan: Plan,
-        inputs: tuple[Any, ...],
+        inputs: Inputs,
         even: bool,
     ) -> None:
         self.worst = 0.0
@@ -316,7 +317,7 @@ def _made(make: Callable[[nn.Module], nn.Module], dense: nn.Module) -> nn.Module
         raise VerificationError(f"building failed with {type(error).__name__}: {error}") from error
 
 
-def _run(model: nn.Module, inputs: tuple[Any, ...], way: _Way) -> list[Tensor]:
+def _run(model: nn.Module, inputs: Inputs, way: _Way) -> list[Tensor]:
     """All outputs; of a second pass too, and its counters, where a pass changes buffers."""
     norms = {
         f"{name}.{key}"
@@ -335,11 +336,11 @@ def _run(model: nn.Module, inputs: tuple[Any, ...], way: _Way) -> list[Tensor]:
         if torch.cuda.is_initialized():
             torch.cuda.manual_seed_all(0)
         own = {n: b.clone() for n, b in model.named_buffers() if n not in norms}
-        outputs = output_tensors(model(*inputs))
+        outputs = output_tensors(forward(model, inputs))
         now = dict(model.named_buffers())
         moved = [n for n, before in own.items() if not torch.equal(now[n], before)]
         if moved:
-            outputs += output_tensors(model(*inputs))
+            outputs += output_tensors(forward(model, inputs))
             outputs += [now[n].clone() for n in moved if not now[n].dim()]
         return outputs
 

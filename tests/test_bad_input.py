@@ -121,9 +121,9 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[psap.PsapError], str]] = {
         "example_inputs is a str",
     ),
     "inputs mapping": (
-        lambda: build(Chain(), example={"x": inputs()}),
-        psap.ArgumentTypeError,
-        r"example_inputs is a dict; .* or \(batch,\) where it takes a dict",
+        lambda: build(Chain(), example={"no such name": inputs()}),
+        psap.TraceError,
+        r"keyword argument 'no such name'; .* or \(batch,\) if it takes a dict",
     ),
     "inputs without tensor": (
         lambda: build(Chain(), example=(1, 2)),

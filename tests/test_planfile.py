@@ -128,7 +128,7 @@ def _drop(*path: Any) -> Callable[[dict[str, Any]], None]:
         (_set("architecture", 3), "damaged at 'architecture'"),
         (_set("inputs", 0, "dtype", "load"), "damaged at 'inputs'"),
         (_set("inputs", 0, "dtype", "nn"), "damaged at 'inputs'"),
-        (_set("inputs", 0, "dtype", 3), "damaged at 'dtype'"),
+        (_set("inputs", 0, "dtype", 3), "damaged at 'inputs'"),
         (_set("inputs", 0, "shape", [1 << 20, 1 << 20]), "damaged at 'inputs'"),
         (_set("inputs", 0, "shape", [-1, 3]), "damaged at 'inputs'"),
         (_set("inputs", 0, "shape", "12"), "damaged at 'inputs'"),

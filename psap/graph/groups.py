@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from psap.errors import TraceError
 from psap.graph.alike import SHOWN, NDArrayBool, gather, packed, runs
 from psap.graph.attending import moving_macs
-from psap.graph.inputs import as_inputs, check_model
+from psap.graph.inputs import Inputs, as_inputs, check_model
 from psap.graph.labels import Ints, plain
 from psap.graph.rules import RULES
 from psap.graph.skipping import ValueAsked
@@ -82,7 +83,7 @@ class Graph:
     """
 
     model: nn.Module
-    inputs: tuple[Any, ...]
+    inputs: Inputs
     groups: tuple[Group, ...]
     channels: Mapping[Side, Ints]
     roles: Mapping[Side, str]
@@ -117,8 +118,8 @@ def trace(model: nn.Module, example_inputs: Any, *, gated: bool = False) -> Grap
 
     Args:
         model: an eager ``nn.Module`` on one device.
-        example_inputs: a tensor, or a tuple of the positional inputs, on the model's device. Sizes
-            other than the batch should be those of the real data.
+        example_inputs: a tensor, a tuple of positional inputs, or a dict of inputs by keyword, on
+            the model's device. Sizes other than the batch should be those of the real data.
         gated: find only channels that zero filters, biases and affine pairs silence, and that can
             go while every module stays what it is. That is what a `Pruner` can gate, and what
             ``apply(mode="module")`` needs. Else also those that must be cut off where they are
@@ -168,7 +169,7 @@ def no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def run_auxiliary(tracer: Tracer, model: nn.Module, inputs: tuple[Any, ...]) -> None:
+def run_auxiliary(tracer: Tracer, model: nn.Module, inputs: Inputs) -> None:
     """Parameters that evaluation does not reach may belong to heads of train mode.
 
     Their labels are all that is wanted, so convolutions are computed only if forward() asks for
@@ -191,14 +192,23 @@ def run_auxiliary(tracer: Tracer, model: nn.Module, inputs: tuple[Any, ...]) -> 
         run(tracer, model, twice, training=True)
 
 
-def doubled(inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+def doubled(inputs: Inputs) -> Inputs | None:
     """The same inputs as a batch of two: batch norm refuses one value per channel."""
-    if all(hasattr(x, "shape") and x.dim() and x.shape[0] == 1 for x in inputs):
-        return tuple(x.expand(2, *x.shape[1:]).contiguous() for x in inputs)
-    return None
+    if not all(x.shape[0] == 1 for x in _batched(inputs)):
+        return None
+    twice: Inputs = tree_map(
+        lambda x: x.repeat(2, *[1] * (x.dim() - 1)) if isinstance(x, Tensor) and x.dim() else x,
+        inputs,
+    )
+    return twice
 
 
-def build(model: nn.Module, inputs: tuple[Any, ...], tracer: Tracer) -> Graph:
+def _batched(inputs: Inputs) -> list[Tensor]:
+    """The tensors among inputs whose first dimension is that of the batch."""
+    return [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.dim()]
+
+
+def build(model: nn.Module, inputs: Inputs, tracer: Tracer) -> Graph:
     """Resolve the labels of a finished trace into groups."""
     root, frozen = tracer.labels.resolve()
     vectors, at = _vectors(tracer.along, root)
@@ -284,8 +294,8 @@ def _respect_frozen(tracer: Tracer, roots: Mapping[Side, Ints], frozen: dict[int
                 frozen.setdefault(component, f"{name} is frozen (requires_grad is False)")
 
 
-def _batch(inputs: tuple[Any, ...]) -> int:
-    return next((int(x.shape[0]) for x in inputs if hasattr(x, "shape") and len(x.shape)), 1)
+def _batch(inputs: Inputs) -> int:
+    return next((int(x.shape[0]) for x in _batched(inputs)), 1)
 
 
 def _prunable(

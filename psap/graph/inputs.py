@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,26 +12,49 @@ from torch.utils._pytree import tree_leaves
 from psap.errors import ArgumentError, ArgumentTypeError
 from psap.members import named_modules, named_tensors
 
+Inputs = tuple[Any, ...] | dict[str, Any]
+"""What a model is called with: positional inputs, or inputs by keyword."""
 
-def as_inputs(example_inputs: Any) -> tuple[Any, ...]:
-    """Check example inputs: a tensor, or a tuple or list of the positional inputs.
+
+def forward(model: Callable[..., Any], inputs: Inputs) -> Any:
+    """What a model gives for inputs."""
+    return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+
+
+def wanted(inputs: Inputs) -> str:
+    """What to pass instead of inputs that a model refused."""
+    if isinstance(inputs, dict):
+        return "pass inputs that model(**example_inputs) accepts, or (batch,) if it takes a dict"
+    return "pass inputs that model(*example_inputs) accepts, or a dict of inputs by keyword"
+
+
+def as_inputs(example_inputs: Any) -> Inputs:
+    """Check example inputs: a tensor, a tuple or list of positional inputs, or a dict by keyword.
 
     Raises:
-        ArgumentTypeError: it is neither.
+        ArgumentTypeError: it is none of them.
         ArgumentError: it is empty, or a tensor in it holds no element.
     """
     if isinstance(example_inputs, Tensor):
         example_inputs = (example_inputs,)
-    if not isinstance(example_inputs, (tuple, list)):
+    if not isinstance(example_inputs, (tuple, list, Mapping)):
         raise ArgumentTypeError(
-            f"example_inputs is a {type(example_inputs).__name__}; pass a tensor, or a tuple of "
-            "the positional inputs of the model, such as (x, y), or (batch,) where it takes a dict"
+            f"example_inputs is a {type(example_inputs).__name__}; pass a tensor, a tuple of "
+            "positional inputs such as (x, y), or a dict of inputs by keyword; (batch,) where the "
+            "model takes a dict"
         )
-    inputs = tuple(example_inputs)
+    inputs: Inputs = tuple(example_inputs)
+    if isinstance(example_inputs, Mapping):
+        if not all(isinstance(key, str) for key in example_inputs):
+            raise ArgumentTypeError(
+                "example_inputs is a dict with keys that are no str; pass inputs by keyword, or "
+                "(batch,) where the model takes a dict"
+            )
+        inputs = dict(example_inputs)
     tensors = [t for t in tree_leaves(inputs) if isinstance(t, Tensor)]
     if not tensors:
         raise ArgumentError(
-            "example_inputs holds no tensor; pass what model(*example_inputs) takes, such as "
+            "example_inputs holds no tensor; pass what the model takes, such as "
             "torch.randn(2, 3, 32, 32), not its shape"
         )
     if any(t.numel() == 0 for t in tensors):

@@ -22,6 +22,7 @@ from psap.graph import calls
 from psap.graph.attending import Attending
 from psap.graph.calls import QuietMode, Schema, TensorMap, bind, schema, tensors_in
 from psap.graph.counting import Sizes, Watch
+from psap.graph.inputs import Inputs, forward, wanted
 from psap.graph.labels import TAINT, Labels, compact, plain, tainting
 from psap.graph.outputs import output_tensors as output_tensors
 from psap.graph.skipping import skipping
@@ -371,7 +372,7 @@ def following(tracer: Tracer) -> Iterator[None]:
         yield
 
 
-def run(tracer: Tracer, model: nn.Module, inputs: tuple[Any, ...], training: bool) -> None:
+def run(tracer: Tracer, model: nn.Module, inputs: Inputs, training: bool) -> None:
     """Run the model once under the tracer and freeze what comes out.
 
     Raises:
@@ -380,12 +381,12 @@ def run(tracer: Tracer, model: nn.Module, inputs: tuple[Any, ...], training: boo
     set_training(model, training)
     try:
         with following(tracer):
-            output = model(*inputs)
+            output = forward(model, inputs)
     except Exception as error:
         mode = "training" if training else "evaluation"
         raise TraceError(
             f"the model failed on the example inputs in {mode} mode: {type(error).__name__}: "
-            f"{error}; pass inputs that model(*example_inputs) accepts, on the model's device"
+            f"{error}; {wanted(inputs)}, on the model's device"
         ) from error
     results = output_tensors(output)
     if not results:

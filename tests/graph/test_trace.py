@@ -98,7 +98,7 @@ def test_wrong_shape_and_wrong_dtype() -> None:
         (nn.ReLU(), torch.zeros(1), ValueError, "no parameters"),
         (nn.LazyConv2d(3, 3), torch.zeros(1, 3, 8, 8), ValueError, "not initialised"),
         (chain(4), None, TypeError, "example_inputs is a NoneType"),
-        (chain(4), {"x": torch.zeros(1)}, TypeError, "example_inputs is a dict"),
+        (chain(4), {1: torch.zeros(1)}, TypeError, "example_inputs is a dict with keys"),
         (chain(4), (), ValueError, "holds no tensor"),
         (chain(4), (3,), ValueError, "holds no tensor"),
         (chain(4), torch.zeros(0, 3, 8, 8), ValueError, "empty tensor"),
