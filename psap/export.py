@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from psap.calling import called
 from psap.errors import PsapError, VerificationError
 from psap.files import Path_, replacing, require_writable
 from psap.graph.inputs import Inputs, as_inputs, forward
@@ -122,6 +123,7 @@ def _run_onnx(path: Path, model: nn.Module, inputs: Inputs) -> list[Tensor]:
         ) from error
 
 
+@called("psap.export_onnx(result, path)")
 def export_onnx(
     model: Result | nn.Module,
     path: Path_,
@@ -173,6 +175,7 @@ def export_onnx(
         return _difference(_expected(module, inputs), got, "the ONNX file")
 
 
+@called("psap.export_pt2(result, path)")
 def export_pt2(
     model: Result | nn.Module,
     path: Path_,

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from psap import measure
+from psap.calling import called
 from psap.errors import ArgumentError, ArgumentTypeError, FileError
 from psap.files import atomic_write, checked, require_writable
 from psap.graph import Graph
@@ -119,6 +120,7 @@ def _halves(layer: Layer) -> Floats:
     return np.array([[size // 2 if moves else size] for size, moves in sizes], dtype=np.float64)
 
 
+@called("psap.measure_latency(graph, path)")
 def measure_latency(
     graph: Graph, path: str | os.PathLike[str] | None = None, *, threads: int = 1
 ) -> LatencyTable:

@@ -24,6 +24,7 @@ from psap.protect import Window, check_trainable
 from psap.prunable import prunable
 from psap.pruner_state import (
     ARRAYS,
+    COPIED,
     COUNTERS,
     FINISHED,
     Pace,
@@ -120,6 +121,9 @@ class Pruner:
 
     def __repr__(self) -> str:
         return progress(self.graph, self._step, self.config.prune_steps, self.events)
+
+    def __reduce_ex__(self, _: Any) -> Any:
+        raise StateError(COPIED)
 
     @property
     def done(self) -> bool:

@@ -28,6 +28,10 @@ from psap.scores import GroupStats
 Ints = schedule.Ints
 COUNTERS = ("step", "calls", "iteration", "left", "final")
 ARRAYS = ("alive", "fresh", "bonus", "factors")
+COPIED = (
+    "a Pruner can be neither copied nor pickled: it works on one model and one optimizer. Save "
+    "pruner.state_dict(), and load it into a new Pruner of the copied model"
+)
 FINISHED = {
     "step": "step() after finish(); train result.model on without the pruner",
     "finish": "finish() was already called; use the result that it returned",

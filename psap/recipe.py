@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from psap.calling import called
 from psap.errors import ArgumentError, ArgumentTypeError, FileError
 from psap.files import Path_, read, write
 from psap.graph.inputs import check_model
@@ -42,6 +43,7 @@ def _check_header(path: Path_, body: Mapping[str, Any], form: str, version: int,
 # Networks
 
 
+@called("psap.save(result, path)")
 def save(result: Result, path: Path_) -> None:
     """Save a small network: its tensors, and the recipe to rebuild it from the dense factory.
 
@@ -136,9 +138,12 @@ class Saved:
         return small
 
 
+@called("psap.load(path, factory), where factory() builds the dense model")
 @trainable
 def load(path: Path_, factory: Callable[[], nn.Module]) -> nn.Module:
     """Rebuild a small network from the dense architecture and a saved file.
+
+    Files of `psap.export_pt2` need no factory: ``torch.export.load(path).module()``.
 
     Args:
         path: what `save` wrote.

@@ -142,6 +142,7 @@ def gather_all(
     return small
 
 
+@called("psap.mask(model, plan)")
 @trainable
 def mask(model: nn.Module, plan: Plan) -> nn.Module:
     """The dense network with the plan's channels set to zero: what the small one must equal.
@@ -338,4 +339,9 @@ def _build(
         except VerificationError as error:
             left = [note for note in dict.fromkeys(notes) if note not in str(error)]
             failures.append("; ".join([f"{name} mode: {error}", *left]))
+    if plan.counted:
+        failures.append(
+            "psap.trace(model, example_inputs, gated=True) leaves alone what norms count, so that "
+            "no graph mode is needed"
+        )
     raise VerificationError("the small network was refused. " + "; ".join(failures))

@@ -161,7 +161,16 @@ def test_only_plans_import_in_functions_what_imports_them():
 
 def test_the_channel_graph_imports_nothing_above_it():
     """Not even in functions: the list in docs/architecture.md says what lies below psap/graph."""
-    names = "errors", "members", "untouched", "shared", "multihead", "symbolic", "examples"
+    names = (
+        "errors",
+        "members",
+        "untouched",
+        "shared",
+        "multihead",
+        "symbolic",
+        "examples",
+        "calling",
+    )
     below = {"psap", *(f"psap.{name}" for name in names)}
     whole = import_graph(functions=True)
     for name in MODULES:

@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from psap.calling import called
 from psap.errors import TraceError
 from psap.graph.alike import SHOWN, NDArrayBool, gather, packed, runs
 from psap.graph.attending import moving_macs
@@ -111,6 +112,7 @@ class Graph:
         )
 
 
+@called("psap.trace(model, example_inputs)")
 def trace(model: nn.Module, example_inputs: Any, *, gated: bool = False) -> Graph:
     """Find the channel groups of a model by running it once.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from psap.errors import ArgumentError, ArgumentTypeError
 from psap.members import named_modules, named_tensors
@@ -51,6 +51,7 @@ def as_inputs(example_inputs: Any) -> Inputs:
                 "(batch,) where the model takes a dict"
             )
         inputs = dict(example_inputs)
+    inputs = tree_map(_plain, inputs)
     tensors = [t for t in tree_leaves(inputs) if isinstance(t, Tensor)]
     if not tensors:
         raise ArgumentError(
@@ -60,6 +61,13 @@ def as_inputs(example_inputs: Any) -> Inputs:
     if any(t.numel() == 0 for t in tensors):
         raise ArgumentError("example_inputs holds an empty tensor; pass a batch of at least one")
     return inputs
+
+
+def _plain(value: Any) -> Any:
+    """A tensor without a subclass that only adds methods: labels do not pass through those."""
+    own = isinstance(value, Tensor) and type(value) not in (Tensor, nn.Parameter)
+    adds = own and type(value).__torch_dispatch__ is Tensor.__torch_dispatch__
+    return value.as_subclass(Tensor) if adds else value
 
 
 def check_model(model: Any) -> nn.Module:
