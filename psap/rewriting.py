@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from psap import counted
 from psap.errors import VerificationError
 from psap.graph.labels import Ints
-from psap.sizes import Mask, Record, Stays, in_small, numbers, stays_of
+from psap.sizes import COMPARISONS, Mask, Record, Stays, compare, in_small, numbers, stays_of
 
 COUNTS = ("layer_norm", "group_norm", "rms_norm", "batch_norm", "mean")
 """Calls that divide by a number of channels."""
@@ -87,6 +87,8 @@ def rewrite(node: fx.Node, twin: fx.Node, record: Record, alive: Ints) -> None:
     if node.op not in ("call_function", "call_method"):
         return
     numbers(node, twin, record, alive)
+    if node.target in COMPARISONS and type(record.values[node]) is bool:
+        compare(node, twin, record, alive)
     source = node.args[0] if node.args else node.kwargs.get("query")
     if not isinstance(source, fx.Node):
         return

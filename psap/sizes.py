@@ -164,10 +164,27 @@ def in_small(value: Any, record: Record, alive: Ints) -> Any:
     return value.target(*args)
 
 
+COMPARISONS = (operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge)
+"""Calls on which forward() may branch."""
+
 _ARITHMETIC = (
     operator.getitem, operator.floordiv, operator.mul, operator.add, operator.sub, operator.mod,
-    operator.truediv, operator.pow, operator.neg, math.sqrt, float, int,
+    operator.truediv, operator.pow, operator.neg, math.sqrt, float, int, *COMPARISONS,
 )  # fmt: skip
+
+
+def compare(node: fx.Node, twin: fx.Node, record: Record, alive: Ints) -> None:
+    """Let a comparison of a size with a number come out as it does in the dense network."""
+    small = in_small(node, record, alive)
+    if small is None or small == record.values[node]:
+        return
+    known = [record.values[arg] if isinstance(arg, fx.Node) else arg for arg in node.args]
+    moved = [in_small(arg, record, alive) for arg in node.args]
+    fixed = [at for at, arg in enumerate(node.args) if type(arg) is int]
+    if len(fixed) != 1:
+        raise VerificationError(f"the comparison at {node.name} depends on several sizes")
+    number, size = fixed[0], 1 - fixed[0]
+    twin.update_arg(number, known[number] + moved[size] - known[size])
 
 
 def small_shape(source: fx.Node, record: Record, alive: Ints) -> list[int]:

@@ -6,6 +6,10 @@ forward(), or what it does in train mode only, is no obstacle as long as it coun
 
 from __future__ import annotations
 
+import dis
+import functools
+import sys
+import types
 import weakref
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -49,7 +53,8 @@ class Sizes:
     Attributes:
         found: their labels, by identity, which holds while they are kept.
         read: labels of tensors whose size was asked for.
-        fixed: modules that call with sizes that may be those of another tensor.
+        fixed: modules that call with sizes that may be those of another tensor, or that may refuse
+            a size that they ask for.
         named: modules that call so with parameters, and which.
         given: plain arguments of the first call of each of these modules.
         entries: all arguments of each that is called once, in order, tensors as `Given`; None where
@@ -151,12 +156,20 @@ class Watch(NoDropout):
         finally:
             self._tracer.attention = ""
         if name in ("__get__", "size"):
-            labels = self._tracer.get(args[0])
-            if labels is not None:
-                self._tracer.sizes.read.setdefault(self._tracer.inside(), {})[id(labels)] = labels
+            self._asked(self._tracer.get(args[0]), _checks(sys._getframe(1).f_code))
         elif (name in COUNTING or name.startswith("conv")) and not _one_row(name, args):
             self._note(name, args[0] if args else None, out)
         return out
+
+    def _asked(self, labels: Tensor | None, checked: bool) -> None:
+        call = None if labels is None else self._tracer.innermost()
+        if labels is None or call is None:
+            return
+        sizes, where = self._tracer.sizes, self._tracer.name_of(call["self"])
+        sizes.read.setdefault(where, {})[id(labels)] = labels
+        if checked:
+            sizes.fixed.add(where)
+            sizes.called(self._tracer, call)
 
     def _known(self) -> bool:
         """Whether graph mode has a program for a module whose heads have fixed widths."""
@@ -188,6 +201,13 @@ class Watch(NoDropout):
 
 _NOTED = COUNTING | CHANGED | ASKING | {"__get__", "size"}
 """Names of calls that are not only run, besides dropouts and convolutions."""
+
+
+@functools.lru_cache(1024)
+def _checks(code: types.CodeType) -> bool:
+    """Whether a function may refuse its arguments, as ``assert x.shape[1] == 64`` does."""
+    raises = any(found.opname == "RAISE_VARARGS" for found in dis.get_instructions(code))
+    return raises or "_assert" in code.co_names
 
 
 def _one_row(name: str, args: tuple[Any, ...]) -> bool:
