@@ -21,6 +21,7 @@ from zoo_blocks import (
     functional_depthwise,
     fused_glu,
     fused_product,
+    gated_parts,
     global_response_norm,
     grouped_transposed,
     half_width,
@@ -33,6 +34,7 @@ from zoo_blocks import (
     selective_kernel,
     shifted,
     sorted_outputs,
+    source_masks,
     split_attention,
     standard_filters,
     turned_in_place,
@@ -201,6 +203,10 @@ CASES: dict[str, Case] = {
     "one channel multiplied": _case(one_channel, stem=8, last=6, alone={"gate": "spreads it over"}),
     "one channel added": _case(
         one_channel_added, stem=8, last=6, alone={"shift": "spreads it over"}
+    ),
+    "masks of two sources": _case(source_masks, stem=8, last=6, graph=1),
+    "gates of parts": _case(
+        gated_parts, stem=8, last=6, alone={"gate": "mul spreads it over"}, graph=1
     ),
     "weight standardisation": _case(
         standardised,

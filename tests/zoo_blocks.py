@@ -280,3 +280,23 @@ def new_dimensions() -> nn.Module:
         return F.relu(x[None, :, :8].squeeze(0))
 
     return block(8, body, one=conv(8, 8), gate=nn.Linear(8, 8), last=conv(8, 6))
+
+
+def source_masks() -> nn.Module:
+    """Masks of two sources times one mixture, as networks that separate sources have them."""
+
+    def body(m: Any, x: Tensor) -> Tensor:
+        masks = torch.sigmoid(m.mask(x)).view(-1, 2, 8, 8, 8)
+        return (masks * x.unsqueeze(1)).flatten(0, 1)
+
+    return block(8, body, mask=conv(8, 16))
+
+
+def gated_parts() -> nn.Module:
+    """A gate for each quarter of the channels, which stays, so that all of these lose the same."""
+
+    def body(m: Any, x: Tensor) -> Tensor:
+        gates = torch.sigmoid(m.gate(x)).unsqueeze(2)
+        return (x.view(-1, 2, 8, 8, 8) * gates).view(-1, 16, 8, 8)
+
+    return block(16, body, gate=conv(16, 2))

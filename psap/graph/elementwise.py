@@ -164,16 +164,33 @@ def _fixed(t: Tracer, labels: Tensor, constant: Tensor, name: str) -> None:
 def _spread(
     t: Tracer, x: tuple[Any, Tensor], y: tuple[Any, Tensor], out: Tensor, product: bool, name: str
 ) -> bool:
-    """One operand is broadcast over the channels of the other: it may not be pruned."""
+    """One operand is broadcast over the channels of the other: it may not be pruned.
+
+    Unless it has channels of its own, such that those of the other one at equal positions may go
+    with them (masks of several sources, times one mixture).
+    """
     for (small, narrow), (_, wide) in ((x, y), (y, x)):
         offset = wide.dim() - small.dim()
         for dim in range(wide.dim()):
             size = small.shape[dim - offset] if dim >= offset else 1
             if size == 1 and wide.shape[dim] > 1 and wide.shape[dim] != narrow.shape[dim]:
+                if narrow.numel() > 1 and narrow.numel() ** 2 >= wide.numel():
+                    return False
                 t.freeze(narrow, f"{name} spreads it over other channels")
+                _even(t, wide, narrow)
                 t.set(out, wide if product else t.taint(wide, f"{name} of a spread channel"))
                 return True
     return False
+
+
+def _even(t: Tracer, wide: Tensor, narrow: Tensor) -> None:
+    """Unite channels along the dimensions that another operand has, too, and keeps."""
+    head = wide
+    for dim in range(wide.dim()):
+        if narrow.shape[dim] > 1:
+            head = head.narrow(dim, 0, 1)
+    if head.numel() < wide.numel():
+        t.labels.unite(wide, head)
 
 
 def add(t: Tracer, a: Args, out: Tensor) -> None:
