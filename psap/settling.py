@@ -73,5 +73,8 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     channels = few(x, 1).movedim(1, 0).flatten(1)
     mean = channels.mean(1)
     variance = (channels - mean[:, None]).square_().mean(1)
-    variance = torch.maximum(variance, 1e-8 * mean.square())  # or it would magnify rounding errors
+    count = channels.shape[1]  # of few numbers some are alike by chance, or all if there is one
+    spread = (variance if count > 1 else mean.square()).mean() / count
+    # what is smaller than these would magnify rounding errors, the more the more norms there are
+    variance = torch.maximum(variance, torch.maximum(spread, 1e-8 * mean.square()))
     return mean, torch.where(variance > 0, variance, 1.0)

@@ -125,12 +125,13 @@ def test_a_module_that_runs_once_for_every_channel_is_no_difference() -> None:
     assert_exact(model, plan, result.model, (image(),))
 
 
-def _deep(scale: float) -> nn.Module:
+def _deep(scale: float, width: int = 8) -> nn.Module:
     """Convolutions with small weights under norms whose statistics are not of the data."""
     layers: list[nn.Module] = []
     for at in range(12):
-        layers += [conv(8 if at else 3, 8, bias=False), nn.BatchNorm2d(8), nn.ReLU()]
-    model = randomise(nn.Sequential(*layers, head(8)))
+        layers += [conv(width if at else 3, width, bias=False), nn.BatchNorm2d(width)]
+        layers += [nn.ReLU()]
+    model = randomise(nn.Sequential(*layers, head(width)))
     with torch.no_grad():
         for module in model:
             if isinstance(module, nn.Conv2d):
@@ -164,6 +165,18 @@ def test_statistics_come_near_those_of_the_data() -> None:
     torch.testing.assert_close(model[1].running_var, found["1"][1])
     assert bool((model[1].running_var / seen["x"].var((0, 2, 3))).log().abs().max() < 1)
     assert set(found) == {str(3 * at + 1) for at in range(12)}
+
+
+def test_norms_at_a_single_position_do_not_magnify_rounding_errors() -> None:
+    def body(m: Any, x: Tensor) -> Tensor:
+        if m.training:
+            raise RuntimeError("it cannot train, where norms would take statistics of the batch")
+        return m.deep(x.mean((2, 3), keepdim=True))
+
+    model = Net(body, deep=_deep(1.0, width=64)).eval()
+    inputs = image(2, 3, 8, 8)
+    plan = psap.plan(psap.trace(model, inputs), ratio=0.5)
+    assert psap.apply(model, plan).report["verification"]["max_relative_error"] < 1e-12
 
 
 DATA = ("zeros_like", "zero_", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")
