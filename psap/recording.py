@@ -57,7 +57,7 @@ class _Recorder:
             inputs, options = fx.map_arg((node.args, node.kwargs), values.__getitem__)
             if node.op == "output":
                 return inputs[0]
-            values[node] = self._value(node, inputs, options, given)
+            values[node] = self._value(node, _mutable(inputs), _mutable(options), given)
             with torch._C.DisableTorchFunction():  # asking for a shape here is no call of forward()
                 self._note(node, values[node])
             for used in node.all_input_nodes:
@@ -97,6 +97,15 @@ class _Recorder:
             self._record.values[node] = [v.shape for v in value]
         else:
             self._record.values[node] = value
+
+
+def _mutable(value: Any) -> Any:
+    """Arguments that whom they are given to may change: torch.fx has lists that nobody may."""
+    if isinstance(value, list):
+        return [_mutable(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _mutable(item) for key, item in value.items()}
+    return tuple(map(_mutable, value)) if type(value) is tuple else value
 
 
 Records = dict[str, tuple[Record, Ints]]

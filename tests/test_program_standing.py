@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 from multiprocessing.reduction import ForkingPickler
+from typing import Any
 
 import pytest
 import torch
-from nets import assert_exact, conv, image, randomise
+from nets import Net, assert_exact, conv, image, randomise
 from test_program import _apply, _around, _Gated
 from torch import Tensor, nn
 
@@ -69,3 +70,23 @@ def test_a_program_of_a_class_that_cannot_be_imported_is_pickled(local: bool) ->
     x = torch.rand(1, part.conv.in_channels, 8, 8, dtype=torch.float64)
     assert isinstance(part, kind) and isinstance(again, _Gated) is not local
     assert torch.equal(again(x), part(x))
+
+
+def test_a_program_hands_out_lists_that_others_may_change() -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = conv(4, 3, 1)
+
+        def forward(self, maps: list[Tensor]) -> list[Tensor]:
+            for at in range(len(maps)):
+                maps[at] = self.one(maps[at])
+            return maps
+
+    def body(m: Any, x: Tensor) -> Tensor:
+        a, b = m.stem(x).split([4, 4], 1)
+        return torch.cat(m.heads([a, m.deep(b)]), 1)
+
+    model = randomise(Net(body, stem=conv(3, 8), deep=conv(4, 4), heads=Heads()))
+    plan = psap.plan(psap.trace(model, image()), ratio=0.5)
+    assert_exact(model, plan, psap.apply(model, plan).model, (image(),))
