@@ -153,7 +153,8 @@ def in_small(value: Any, record: Record, alive: Ints) -> Any:
         if sizes and value.target in (getattr, "size"):  # of a tensor: x.shape or x.size()
             return small_shape(source, record, alive)
         if value.target == "size" and len(value.args) == 2:
-            return small_shape(source, record, alive)[value.args[1]]  # type: ignore[index]
+            at = in_small(value.args[1], record, alive)
+            return None if at is None else small_shape(source, record, alive)[at]
     if value.target == "numel" and isinstance(source, fx.Node):
         return math.prod(small_shape(source, record, alive))
     if sizes or not isinstance(known, (int, float, torch.Size)) or value.op != "call_function":

@@ -14,7 +14,7 @@ from zoo import CASES
 from zoo_nets import block
 
 import psap
-from psap import shrink, verify
+from psap import refitting, shrink, verify
 
 Break = Callable[[Any], None]
 
@@ -72,7 +72,7 @@ def test_wrong_numbers_are_caught(
 
 
 def test_groups_that_are_not_updated_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shrink, "_refit_conv", lambda *_: None)
+    monkeypatch.setattr(refitting, "_refit_conv", lambda *_: None)
     with pytest.raises(psap.VerificationError, match=r"fails in eval mode with .*; it stops at dw"):
         _apply("depthwise")
 
