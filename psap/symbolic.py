@@ -98,6 +98,23 @@ class _Attribute(fx.proxy.Attribute, _Proxy):
     """An attribute, such as a shape, whose items forward() may count."""
 
 
+@functools.cache
+def _known_to_einops() -> type:
+    """Let einops take the values of a trace for tensors: the class that it finds while it lives."""
+    backends = sys.modules["einops._backends"]
+
+    class Traced(backends.TorchBackend):  # type: ignore[name-defined,misc]
+        framework_name = "torch.fx"  # einops finds all subclasses, and asks those of known modules
+
+        def is_appropriate_type(self, tensor: Any) -> bool:
+            return isinstance(tensor, fx.Proxy)
+
+        def shape(self, x: Any) -> list[Any]:
+            return list(x.shape)
+
+    return Traced
+
+
 @functools.lru_cache(1024)
 def _unpacked(code: types.CodeType, at: int) -> int | None:
     """How many values an instruction of a function unpacks, if it does so."""
@@ -216,6 +233,8 @@ def require_same(given: Any, value: Any, name: str) -> None:
 
 def _symbolic(model: nn.Module, given: Mapping[str, Any], through: bool) -> fx.GraphModule:
     """Trace, and take down the constants that torch.fx hangs on the model."""
+    if "einops._backends" in sys.modules:
+        _known_to_einops()
     held = {
         k: v for k, v in vars(model).items() if type(v) in (dict, list, set) and k[0] != "_"
     }  # such as caches, in which forward() would leave what is none of a tensor

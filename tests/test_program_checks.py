@@ -1,4 +1,4 @@
-"""Modules whose forward() checks how many channels it gets: graph mode moves the number along."""
+"""Modules whose forward() checks how many channels it gets, or scales by it: graph mode follows."""
 
 from __future__ import annotations
 
@@ -76,3 +76,30 @@ def test_a_branch_on_a_width_stays_the_one_of_the_dense_network() -> None:
     model = _checked(wide)
     plan = psap.plan(psap.trace(model, image()), ratio=0.5)
     assert_exact(model, plan, psap.apply(model, plan).model, (image(),))
+
+
+def test_a_scale_that_is_the_root_of_a_width_stays_the_dense_one() -> None:
+    def unit(m: Any, x: Tensor) -> Tensor:
+        return m.inner(torch.nn.functional.normalize(x, dim=1) * x.shape[1] ** 0.5)
+
+    model = _checked(unit)
+    plan = psap.plan(psap.trace(model, image()), ratio=0.5)
+    assert len(plan.groups[0].kept) == 4
+    assert_exact(model, plan, psap.apply(model, plan).model, (image(),))
+
+
+def test_einops_in_modules_that_fix_widths() -> None:
+    einops = pytest.importorskip("einops", reason="needs einops")
+
+    def heads(m: Any, x: Tensor) -> Tensor:
+        assert x.shape[1] == m.width
+        y = einops.rearrange(m.inner(x), "b (heads c) x y -> b heads c (x y)", heads=2)
+        mean = einops.reduce(y, "b heads c n -> b heads c 1", "mean")
+        many = einops.repeat(mean, "b heads c 1 -> b heads c n", n=y.shape[-1])
+        return einops.rearrange(y - many, "b heads c (x y) -> b (heads c) x y", x=x.shape[2])
+
+    model = _checked(heads)
+    plan = psap.plan(psap.trace(model, image()), ratio=0.5)
+    small = psap.apply(model, plan).model
+    assert isinstance(small[2], torch.fx.GraphModule)
+    assert_exact(model, plan, small, (image(),))

@@ -54,7 +54,7 @@ class Sizes:
         found: their labels, by identity, which holds while they are kept.
         read: labels of tensors whose size was asked for.
         fixed: modules that call with sizes that may be those of another tensor, or that may refuse
-            a size that they ask for.
+            a size that they ask for, or scale by it.
         named: modules that call so with parameters, and which.
         given: plain arguments of the first call of each of these modules.
         entries: all arguments of each that is called once, in order, tensors as `Given`; None where
@@ -156,18 +156,18 @@ class Watch(NoDropout):
         finally:
             self._tracer.attention = ""
         if name in ("__get__", "size"):
-            self._asked(self._tracer.get(args[0]), _checks(sys._getframe(1).f_code))
+            self._asked(self._tracer.get(args[0]), _uses(sys._getframe(1).f_code))
         elif (name in COUNTING or name.startswith("conv")) and not _one_row(name, args):
             self._note(name, args[0] if args else None, out)
         return out
 
-    def _asked(self, labels: Tensor | None, checked: bool) -> None:
+    def _asked(self, labels: Tensor | None, used: bool) -> None:
         call = None if labels is None else self._tracer.innermost()
         if labels is None or call is None:
             return
         sizes, where = self._tracer.sizes, self._tracer.name_of(call["self"])
         sizes.read.setdefault(where, {})[id(labels)] = labels
-        if checked:
+        if used:
             sizes.fixed.add(where)
             sizes.called(self._tracer, call)
 
@@ -204,10 +204,13 @@ _NOTED = COUNTING | CHANGED | ASKING | {"__get__", "size"}
 
 
 @functools.lru_cache(1024)
-def _checks(code: types.CodeType) -> bool:
-    """Whether a function may refuse its arguments, as ``assert x.shape[1] == 64`` does."""
-    raises = any(found.opname == "RAISE_VARARGS" for found in dis.get_instructions(code))
-    return raises or "_assert" in code.co_names
+def _uses(code: types.CodeType) -> bool:
+    """Whether a function may refuse sizes (``assert x.shape[1] == 64``) or scale by their roots."""
+    named = {"_assert", "sqrt"}.intersection(code.co_names)
+    return bool(named) or any(
+        found.opname in ("RAISE_VARARGS", "BINARY_POWER") or found.argrepr == "**"
+        for found in dis.get_instructions(code)
+    )
 
 
 def _one_row(name: str, args: tuple[Any, ...]) -> bool:
