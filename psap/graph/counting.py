@@ -156,7 +156,9 @@ class Watch(NoDropout):
         finally:
             self._tracer.attention = ""
         if name in ("__get__", "size"):
-            self._asked(self._tracer.get(args[0]), _uses(sys._getframe(1).f_code))
+            caller = sys._getframe(1)
+            own = not caller.f_globals.get("__name__", "").startswith("torch.")
+            self._asked(self._tracer.get(args[0]), own and _uses(caller.f_code))
         elif (name in COUNTING or name.startswith("conv")) and not _one_row(name, args):
             self._note(name, args[0] if args else None, out)
         return out
