@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -35,15 +36,16 @@ class InputValue:
     value: bool | float | str | None
 
 
-def specs(inputs: Inputs) -> Any:
+def specs(inputs: Any) -> Any:
     """Inputs with a spec in the place of every tensor, and None in that of what no file holds."""
-
-    def spec(x: Any) -> InputSpec | InputValue | None:
-        if isinstance(x, Tensor):
-            return InputSpec(tuple(x.shape), str(x.dtype).removeprefix("torch."))
-        return InputValue(x) if x is None or type(x) in (bool, int, float, str) else None
-
-    return tree_map(spec, inputs)
+    if isinstance(inputs, Tensor):
+        return InputSpec(tuple(inputs.shape), str(inputs.dtype).removeprefix("torch."))
+    if type(inputs) in (tuple, list):
+        return type(inputs)(specs(value) for value in inputs)
+    if type(inputs) in (dict, OrderedDict) and all(type(key) is str for key in inputs):
+        return {key: specs(value) for key, value in inputs.items()}
+    known = inputs is None or type(inputs) in (bool, int, float, str)
+    return InputValue(inputs) if known else None
 
 
 def zeros(found: Any, device: torch.device | str = "cpu") -> Inputs | None:

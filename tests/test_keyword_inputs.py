@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections import UserDict
+from collections import UserDict, deque
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnxruntime
 import pytest
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import psap
-from psap import measure
+from psap import inputspec, measure
 
 
 class Masked(nn.Module):
@@ -132,6 +133,33 @@ def test_nested_inputs_of_a_program_are_found_in_its_file(tmp_path: Path) -> Non
     psap.save(result, tmp_path / "small.safetensors")
     small = psap.load(tmp_path / "small.safetensors", Nested)
     torch.testing.assert_close(small(batch), result.model(batch))
+
+
+class Pair(NamedTuple):
+    """A type of one's own, of which a file knows nothing."""
+
+    image: Tensor
+    weight: float
+
+
+class Paired(Nested):
+    """Takes such a pair."""
+
+    def forward(self, pair: Any) -> Tensor:
+        y: Tensor = self.head(self.conv(pair.image).mean((2, 3))) * pair.weight
+        return y
+
+
+@pytest.mark.parametrize("other", [Pair(torch.randn(2, 3, 8, 8), 2.0), {0: 1}, deque([1])])
+def test_inputs_that_no_file_can_hold_stop_no_file(other: Any, tmp_path: Path) -> None:
+    pair = Pair(torch.randn(2, 3, 8, 8), 2.0)
+    plan = psap.plan(psap.trace(Paired(), (pair,)), ratio=0.5)
+    plan = replace(plan, inputs=inputspec.specs((other, torch.ones(1))))
+    read = psap.Plan.from_json(plan.to_json())
+    assert read.inputs == (None, inputspec.InputSpec((1,), "float32"))
+    with pytest.raises(psap.ArgumentError, match="does not hold example inputs"):
+        psap.apply(Paired(), read)
+    assert psap.apply(Paired(), read, example_inputs=(pair,)).model.conv.out_channels == 4
 
 
 def test_what_is_no_name_is_refused() -> None:
