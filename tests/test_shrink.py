@@ -381,20 +381,20 @@ def test_without_the_proof_a_fixed_size_goes_unnoticed() -> None:
         result.model(image())
 
 
-def test_inputs_of_a_plan_without_tensors() -> None:
+def test_inputs_that_no_file_can_hold() -> None:
     class Scaled(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.body = chain(8, 6)
 
-        def forward(self, x: Tensor, scale: float) -> Tensor:
-            return self.body(x) * scale
+        def forward(self, x: Tensor, scales: frozenset[float]) -> Tensor:
+            return self.body(x) * max(scales)
 
     model = randomise(Scaled())
-    plan = psap.plan(psap.trace(model, (image(), 2.0)), ratio=0.5)
+    plan = psap.plan(psap.trace(model, (image(), frozenset({2.0}))), ratio=0.5)
     assert plan.inputs[1] is None
     assert psap.apply(model, plan).mode == "module"
     read = psap.Plan.from_json(plan.to_json())
     with pytest.raises(psap.ArgumentError, match="does not hold example inputs"):
         psap.apply(model, read)
-    assert psap.apply(model, read, example_inputs=(image(), 2.0)).mode == "module"
+    assert psap.apply(model, read, example_inputs=(image(), frozenset({2.0}))).mode == "module"
