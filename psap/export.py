@@ -76,9 +76,15 @@ def _program(model: nn.Module, inputs: Inputs, dynamic_batch: bool) -> Any:
         ) from error
 
 
-def _expected(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+def _expected(model: nn.Module, inputs: Inputs) -> Any:
     with untouched(model):
-        return output_tensors(forward(model.eval(), inputs))
+        return forward(model.eval(), inputs)
+
+
+def _names(outputs: Any) -> list[str] | None:
+    """What outputs are called, if the model says it by giving out a dict."""
+    named = isinstance(outputs, dict) and all(isinstance(x, Tensor) for x in outputs.values())
+    return [str(name) for name in outputs] if named else None
 
 
 def _difference(wanted: list[Tensor], got: list[Tensor], what: str) -> float:
@@ -134,6 +140,8 @@ def export_onnx(
 ) -> float | None:
     """Write an ONNX file in evaluation mode, and run it in ONNX Runtime against PyTorch.
 
+    Inputs have the names of forward(), and outputs those of the dict that it gives, if it does.
+
     Args:
         model: a result or any module; it is not changed.
         path: where to; replaced atomically, and only if the check holds.
@@ -159,12 +167,14 @@ def export_onnx(
     require_writable(path)
     inputs = _inputs(model, example_inputs, dynamic_batch)
     exported = _program(module, inputs, dynamic_batch)
+    outputs = _expected(module, inputs)
     with replacing(path) as temporary:
         try:
             with _quiet():
                 torch.onnx.export(
-                    exported, f=str(temporary), dynamo=True, verbose=False, external_data=False
-                )
+                    exported, f=str(temporary), dynamo=True, verbose=False, external_data=False,
+                    output_names=_names(outputs),
+                )  # fmt: skip
         except OSError:  # no space: `replacing` says so
             raise
         except Exception as error:
@@ -172,7 +182,7 @@ def export_onnx(
         if not check:
             return None
         got = _run_onnx(temporary, module, inputs)
-        return _difference(_expected(module, inputs), got, "the ONNX file")
+        return _difference(output_tensors(outputs), got, "the ONNX file")
 
 
 @called("psap.export_pt2(result, path)")
@@ -214,4 +224,5 @@ def export_pt2(
             return None
         with _quiet(), temporary.open("rb") as opened, torch.no_grad():
             got = output_tensors(forward(torch.export.load(opened).module(), inputs))
-        return _difference(_expected(module, inputs), got, "the .pt2 file")
+        wanted = output_tensors(_expected(module, inputs))
+        return _difference(wanted, got, "the .pt2 file")

@@ -252,6 +252,25 @@ def test_arguments(kind: str, tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+class Segmenting(nn.Module):
+    """Gives two outputs by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.mask, self.edge = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1), nn.Conv2d(8, 1, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = self.conv(x).relu()
+        return {"mask": self.mask(x), "edge": self.edge(x).sigmoid()}
+
+
+def test_outputs_in_a_dict_keep_their_names(tmp_path: Path) -> None:
+    result = shrunk(Segmenting(), torch.randn(2, 3, 8, 8))
+    assert psap.export_onnx(result, tmp_path / "small.onnx") < 1e-5
+    session = onnxruntime.InferenceSession(str(tmp_path / "small.onnx"))
+    assert [(o.name, o.shape[1]) for o in session.get_outputs()] == [("mask", 4), ("edge", 1)]
+
+
 @pytest.mark.parametrize("export", [psap.export_onnx, psap.export_pt2])
 def test_a_missing_folder_is_told_before_the_export(
     export: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
