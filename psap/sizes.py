@@ -181,7 +181,7 @@ def compare(node: fx.Node, twin: fx.Node, record: Record, alive: Ints) -> None:
         return
     known = [record.values[arg] if isinstance(arg, fx.Node) else arg for arg in node.args]
     moved = [in_small(arg, record, alive) for arg in node.args]
-    fixed = [at for at, arg in enumerate(node.args) if type(arg) is int]
+    fixed = [at for at, arg in enumerate(node.args) if type(arg) in (int, float)]
     if len(fixed) != 1:
         raise VerificationError(f"the comparison at {node.name} depends on several sizes")
     number, size = fixed[0], 1 - fixed[0]

@@ -87,6 +87,10 @@ class _Proxy(fx.Proxy):
     def __len__(self) -> int:
         return sum(1 for _ in iter(self))
 
+    def __int__(self) -> int:
+        value = self.tracer.number(self)  # type: ignore[attr-defined]
+        return int(value)
+
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
@@ -175,6 +179,14 @@ class _Symbolic(SharedTracer):
                 for at in range(count)
             ]
         )
+
+    def number(self, obj: fx.Proxy) -> float:
+        """The number that the example has; checked in later calls."""
+        value = self._value(obj.node)
+        if not isinstance(value, (int, float)):
+            raise TypeError("forward() makes a number of a value")
+        bool(operator.eq(obj, value))
+        return value
 
     def _value(self, node: fx.Node) -> Any:
         """What a node gives for the example, tensors on the meta device."""

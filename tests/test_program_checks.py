@@ -43,8 +43,8 @@ def _half(m: Any, x: Tensor) -> Tensor:
 CHECKS = (_asserts, _raises, _asserts_by_function, _at_least, _half)
 
 
-def _checked(check: Callable[[Any, Tensor], Tensor], width: int = 8) -> nn.Module:
-    inner = Net(check, inner=conv(width, width))
+def _checked(check: Callable[[Any, Tensor], Tensor], width: int = 8, **parts: Any) -> nn.Module:
+    inner = Net(check, **{"inner": conv(width, width), **parts})
     inner.width = width
     return randomise(nn.Sequential(conv(3, width), nn.ReLU(), inner, nn.ReLU(), conv(width, 4)))
 
@@ -66,6 +66,41 @@ def test_checks_still_refuse_other_sizes() -> None:
     for shape in ((1, 3, 8, 8), (1, 4, 7, 8)):
         with pytest.raises(psap.ArgumentError, match="something else for inputs of this size"):
             small[2](image(*shape))
+
+
+def test_parts_of_a_width_that_is_a_fraction() -> None:
+    def parts(m: Any, x: Tensor) -> Tensor:
+        first = int(x.size(1) * 0.4)
+        assert first == m.first
+        return torch.cat([m.inner(x[:, :first]), x[:, first:]], 1)
+
+    model = _checked(parts, inner=conv(3, 3))
+    model[2].first = 3
+    plan = psap.plan(psap.trace(model, image()), ratio=0.5)
+    small = psap.apply(model, plan).model
+    assert isinstance(small[2], torch.fx.GraphModule)
+    assert_exact(model, plan, small, (image(),))
+
+
+def test_only_sizes_become_numbers() -> None:
+    def value(m: Any, x: Tensor) -> Tensor:
+        assert x.shape[1] == m.width
+        return m.inner(x) * int(x.detach().new_ones(1).sum())
+
+    model = _checked(value)
+    with pytest.raises(psap.VerificationError, match=r"forward\(\) makes a number of a value"):
+        psap.apply(model, psap.plan(psap.trace(model, image()), ratio=0.5))
+
+
+def test_a_layer_that_is_chosen_by_a_width_stays_chosen() -> None:
+    def fit(m: Any, x: Tensor) -> Tensor:
+        return m.other(x) if x.size(1) != m.width else m.inner(x)
+
+    model = _checked(fit, other=conv(8, 8))
+    plan = psap.plan(psap.trace(model, image()), ratio=0.5)
+    small = psap.apply(model, plan).model
+    assert small[2].inner.in_channels == 4
+    assert_exact(model, plan, small, (image(),))
 
 
 def test_a_branch_on_a_width_stays_the_one_of_the_dense_network() -> None:

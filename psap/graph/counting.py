@@ -53,8 +53,8 @@ class Sizes:
     Attributes:
         found: their labels, by identity, which holds while they are kept.
         read: labels of tensors whose size was asked for.
-        fixed: modules that call with sizes that may be those of another tensor, or that may refuse
-            a size that they ask for, or scale by it.
+        fixed: modules that call with sizes that may be those of another tensor, or that may branch
+            on a size that they ask for, or scale by it.
         named: modules that call so with parameters, and which.
         given: plain arguments of the first call of each of these modules.
         entries: all arguments of each that is called once, in order, tensors as `Given`; None where
@@ -155,7 +155,7 @@ class Watch(NoDropout):
             out = super().__torch_function__(func, types, args, kwargs)
         finally:
             self._tracer.attention = ""
-        if name in ("__get__", "size"):
+        if name == "size" or (name == "__get__" and func == _SHAPE):
             caller = sys._getframe(1)
             own = not caller.f_globals.get("__name__", "").startswith("torch.")
             self._asked(self._tracer.get(args[0]), own and _uses(caller.f_code))
@@ -201,16 +201,17 @@ class Watch(NoDropout):
         sizes.called(self._tracer, call)
 
 
+_SHAPE = Tensor.shape.__get__  # type: ignore[attr-defined]
 _NOTED = COUNTING | CHANGED | ASKING | {"__get__", "size"}
 """Names of calls that are not only run, besides dropouts and convolutions."""
 
 
 @functools.lru_cache(1024)
 def _uses(code: types.CodeType) -> bool:
-    """Whether a function may refuse sizes (``assert x.shape[1] == 64``) or scale by their roots."""
+    """Whether a function may compare or refuse sizes (``x.shape[1] == 64``) or take their roots."""
     named = {"_assert", "sqrt"}.intersection(code.co_names)
     return bool(named) or any(
-        found.opname in ("RAISE_VARARGS", "BINARY_POWER") or found.argrepr == "**"
+        found.opname in ("COMPARE_OP", "RAISE_VARARGS", "BINARY_POWER") or found.argrepr == "**"
         for found in dis.get_instructions(code)
     )
 
