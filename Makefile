@@ -84,7 +84,7 @@ check: lint types test
 $(ZOO_TORCH_READY):
 	$(call new_venv,$(ZOO))
 	$(call install,$(ZOO)) --upgrade $(TOOLS)
-	$(call install,$(ZOO)) "torch==$(ZOO_TORCH)" "torchvision==$(ZOO_TORCHVISION)" timm
+	$(call install,$(ZOO)) "torch==$(ZOO_TORCH)" "torchvision==$(ZOO_TORCHVISION)" timm einops
 	rm -f $(ZOO)/.psap-torch-*
 	touch $@
 

@@ -245,7 +245,7 @@ def require_same(given: Any, value: Any, name: str) -> None:
 
 def _symbolic(model: nn.Module, given: Mapping[str, Any], through: bool) -> fx.GraphModule:
     """Trace, and take down the constants that torch.fx hangs on the model."""
-    if "einops._backends" in sys.modules:
+    if hasattr(sys.modules.get("einops._backends"), "TorchBackend"):
         _known_to_einops()
     held = {
         k: v for k, v in vars(model).items() if type(v) in (dict, list, set) and k[0] != "_"

@@ -123,8 +123,9 @@ def test_a_scale_that_is_the_root_of_a_width_stays_the_dense_one() -> None:
     assert_exact(model, plan, psap.apply(model, plan).model, (image(),))
 
 
+@pytest.mark.zoo
 def test_einops_in_modules_that_fix_widths() -> None:
-    einops = pytest.importorskip("einops", reason="needs einops")
+    import einops
 
     def heads(m: Any, x: Tensor) -> Tensor:
         assert x.shape[1] == m.width
