@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -77,7 +78,8 @@ def check_model(model: Any) -> nn.Module:
 
     Raises:
         ArgumentTypeError: it is no ``nn.Module``, or it, or a part of it, is scripted or sharded.
-        ArgumentError: it has no parameters, lazy ones, ones on several devices, or a sparse tensor.
+        ArgumentError: it has no parameters, lazy ones, ones on several devices, a sparse tensor, or
+            two parameters on the same memory.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
@@ -117,4 +119,22 @@ def check_model(model: Any) -> nn.Module:
         raise ArgumentError(f"model lies on several devices ({', '.join(devices)}); move it to one")
     if devices == ["meta"]:
         raise ArgumentError("model lies on the meta device; give it memory with model.to_empty")
+    if (found := _overlapping(parameters)) is not None:
+        raise ArgumentError(
+            f"{found[0]} and {found[1]} are two parameters on the same memory, and would be no "
+            "longer when they shrink; use one nn.Parameter in both places, or copy with .clone()"
+        )
     return checked
+
+
+def _overlapping(parameters: Mapping[str, Tensor]) -> tuple[str, str] | None:
+    """The names of two parameters that share memory, though they are not the same one."""
+    spans = []
+    for name, p in {id(p): (name, p) for name, p in parameters.items() if p.numel()}.values():
+        reach = sum((size - 1) * step for size, step in zip(p.shape, p.stride(), strict=True)) + 1
+        spans.append((p.data_ptr(), p.data_ptr() + reach * p.element_size(), name))
+    spans.sort()
+    for (_, end, name), (start, _, other) in pairwise(spans):
+        if start < end:
+            return name, other
+    return None

@@ -178,3 +178,15 @@ def test_most_channels_have_one_label() -> None:
     sides = 3 + 8 + 6 + 5  # what the stem reads, and what every layer gives
     assert tracer.labels.count == sides
     assert sum(labels.numel() for labels in tracer.along.values()) > 2 * sides
+
+
+def test_two_parameters_on_the_same_memory_are_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 3))
+    model[1].bias = nn.Parameter(model[0].bias.data)
+    with pytest.raises(psap.ArgumentError, match=r"0\.bias and 1\.bias are two parameters on the"):
+        psap.trace(model, torch.randn(1, 3, 8, 8))
+    model[1].bias = model[0].bias  # the same one: they shrink together
+    assert {group.name for group in psap.trace(model, torch.randn(1, 3, 8, 8)).groups} == {"0"}
+    flat = torch.randn(16)  # side by side, as the weights of a flattened recurrent network are
+    model[0].bias, model[1].bias = (nn.Parameter(part) for part in flat.split(8))
+    assert len(psap.trace(model, torch.randn(1, 3, 8, 8)).groups) == 2
