@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))  # for benchmarks/; at the end, so that an installed psap goes first
 
 settings.register_profile("psap", deadline=None, derandomize=True, database=None)
 settings.load_profile("psap")
