@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from psap.calling import called
 from psap.errors import PsapError, VerificationError
 from psap.files import Path_, replacing, require_writable
-from psap.graph.inputs import Inputs, as_inputs, forward
+from psap.graph.inputs import Inputs, as_inputs, doubled, forward
 from psap.graph.trace import output_tensors
 from psap.recipe import check_is_result
 from psap.shrink import Result
@@ -48,15 +48,8 @@ def _inputs(value: Result | nn.Module, example_inputs: Any, dynamic_batch: bool)
     if example_inputs is None and isinstance(value, Result):
         example_inputs = value.inputs
     inputs = as_inputs(example_inputs)
-    tensors = [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.dim()]
-    if not dynamic_batch or any(x.shape[0] != 1 for x in tensors):
-        return inputs
-
-    def doubled(x: Any) -> Any:  # a batch of one would be taken for a constant
-        return x.expand(2, *x.shape[1:]).contiguous() if isinstance(x, Tensor) and x.dim() else x
-
-    result: Inputs = tree_map(doubled, inputs)
-    return result
+    twice = doubled(inputs) if dynamic_batch else None  # one would be taken for a constant
+    return inputs if twice is None else twice
 
 
 def _program(model: nn.Module, inputs: Inputs, dynamic_batch: bool) -> Any:

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from psap.copying import copied
-from psap.graph.inputs import Inputs
+from psap.graph.inputs import Inputs, batched
 
 
 @torch.no_grad()
@@ -40,7 +40,7 @@ def random_inputs(inputs: Inputs, generator: torch.Generator) -> Inputs:
 
     Every other sample is large, so that no bias keeps an activation function on one of its sides.
     """
-    tensors = [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.dim()]
+    tensors = batched(inputs)
     single = bool(tensors) and all(x.shape[0] == 1 for x in tensors)
 
     def made(x: Any) -> Any:

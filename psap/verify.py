@@ -17,12 +17,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from psap.decisions import Decisions
 from psap.errors import ArgumentError, VerificationError
 from psap.foreign import Foreign
-from psap.graph.inputs import Inputs, forward
+from psap.graph.inputs import Inputs, batched, forward
 from psap.graph.outputs import NoDropout, output_tensors
 from psap.layerwise import Glimpse, first_difference, glimpses, stopped_at
 from psap.noise import EvenNoise
@@ -173,7 +172,7 @@ class _Proof:
     ) -> None:
         self.worst = 0.0
         self.modes: tuple[str, ...] = ()
-        tensors = [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.dim()]
+        tensors = batched(inputs)
         self._telling = any(x.is_floating_point() and x.shape[0] > 1 for x in tensors)
         self.alive = not self._telling
         self._masked, self._small, self._plan, self._inputs = masked, small, plan, inputs

@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from psap.calling import called
 from psap.errors import TraceError
 from psap.graph.alike import SHOWN, NDArrayBool, gather, packed, runs
 from psap.graph.attending import moving_macs
-from psap.graph.inputs import Inputs, as_inputs, check_model
+from psap.graph.inputs import Inputs, as_inputs, batched, check_model, doubled
 from psap.graph.labels import Ints, plain
 from psap.graph.rules import RULES
 from psap.graph.skipping import ValueAsked
@@ -188,26 +187,10 @@ def run_auxiliary(tracer: Tracer, model: nn.Module, inputs: Inputs) -> None:
     try:
         run(tracer, model, inputs, training=True)
     except TraceError:
-        twice = doubled(inputs)
+        twice = doubled(inputs)  # batch norm refuses one value per channel
         if twice is None:
             raise
         run(tracer, model, twice, training=True)
-
-
-def doubled(inputs: Inputs) -> Inputs | None:
-    """The same inputs as a batch of two: batch norm refuses one value per channel."""
-    if not all(x.shape[0] == 1 for x in _batched(inputs)):
-        return None
-    twice: Inputs = tree_map(
-        lambda x: x.repeat(2, *[1] * (x.dim() - 1)) if isinstance(x, Tensor) and x.dim() else x,
-        inputs,
-    )
-    return twice
-
-
-def _batched(inputs: Inputs) -> list[Tensor]:
-    """The tensors among inputs whose first dimension is that of the batch."""
-    return [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.dim()]
 
 
 def build(model: nn.Module, inputs: Inputs, tracer: Tracer) -> Graph:
@@ -297,7 +280,7 @@ def _respect_frozen(tracer: Tracer, roots: Mapping[Side, Ints], frozen: dict[int
 
 
 def _batch(inputs: Inputs) -> int:
-    return next((int(x.shape[0]) for x in _batched(inputs)), 1)
+    return next((int(x.shape[0]) for x in batched(inputs)), 1)
 
 
 def _prunable(

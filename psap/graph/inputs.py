@@ -71,6 +71,22 @@ def _plain(value: Any) -> Any:
     return value.as_subclass(Tensor) if adds else value
 
 
+def batched(inputs: Inputs) -> list[Tensor]:
+    """The tensors among inputs whose first dimension is that of the batch."""
+    return [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.dim()]
+
+
+def doubled(inputs: Inputs) -> Inputs | None:
+    """Inputs that are a batch of one as a batch of two, else None."""
+    if any(x.shape[0] != 1 for x in batched(inputs)):
+        return None
+    twice: Inputs = tree_map(
+        lambda x: x.repeat(2, *[1] * (x.dim() - 1)) if isinstance(x, Tensor) and x.dim() else x,
+        inputs,
+    )
+    return twice
+
+
 def check_model(model: Any) -> nn.Module:
     """Check that a model is one that can be traced.
 
