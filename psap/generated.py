@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from abc import ABCMeta
 from collections.abc import Callable
 from typing import Any
 
@@ -11,16 +12,17 @@ from torch import fx, nn
 
 
 class Program(fx.GraphModule):
-    """A graph module that passes for the module it stands for: by its attributes and its class.
+    """A graph module that passes for the module it stands for: attributes, methods, and its class.
 
-    Whoever calls a module may ask for them: where it stands in a list of layers, whether it is one
-    of those that take a second input.
+    Whoever holds a module may ask for them: where it stands in a list of layers, whether it is one
+    of those that take a second input, how many layers it has; and it may train in a way of its own.
     """
 
     @property
     def __class__(self) -> type:
-        """The class that it stands for, which ``isinstance`` looks at as well."""
-        return vars(self).get("_stands_for", type(self))  # type: ignore[no-any-return]
+        """The class that it stands for, which ``isinstance`` looks at as well; with its forward."""
+        kind = vars(self).get("_stands_for")
+        return type(self) if kind is None else _face(type(self), kind)
 
     @__class__.setter
     def __class__(self, kind: type) -> None:
@@ -28,9 +30,13 @@ class Program(fx.GraphModule):
 
     def stand_for(self, attributes: dict[str, Any], kind: type | None) -> None:
         """Take the class and attributes of a module, but those that a graph module has itself."""
-        vars(self).update({k: v for k, v in attributes.items() if not hasattr(self, k)})
+        kind = attributes.get("_stands_for") or kind
+        own = {k: v for k, v in attributes.items() if not hasattr(self, k)}
         if kind is not None:
-            vars(self)["_stands_for"] = kind
+            own["_stands_for"] = kind
+            for name, value in _defined(kind).items():
+                setattr(type(self), name, value)
+        vars(self).update(own)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Program:
         """A copy of everything: that of a graph module has only what its graph uses."""
@@ -45,6 +51,43 @@ class Program(fx.GraphModule):
         kind = attributes.pop("_stands_for", None)
         known = getattr(sys.modules.get(kind.__module__), kind.__qualname__, None) if kind else None
         return _unpickled, (make, (attributes, *rest), kind if known is kind else None)
+
+
+def _face(own: Any, kind: type[Any]) -> type:
+    """A subclass of the class that a program stands for, with the forward of the program.
+
+    ``torch.compile`` asks the class of a module for its methods, and would call the dense forward.
+    A class that counts its subclasses is taken itself.
+    """
+    face: type[Any] | None = vars(own).get("_psap_face")
+    if face is not None and issubclass(face, kind) and face.forward is own.forward:
+        return face
+    counts = any("__init_subclass__" in vars(base) for base in kind.__mro__[:-1])
+    if counts or type(kind) not in (type, ABCMeta):
+        return kind
+    names = {key: getattr(kind, key) for key in ("__module__", "__qualname__", "__doc__")}
+    made: Any = type(kind)  # the metaclass
+    face = made(kind.__name__, (kind,), {**names, "forward": own.forward})
+    own._psap_face = face
+    return face
+
+
+CONTAINER = ("len", "iter", "getitem", "setitem", "delitem", "contains", "reversed")
+"""Special methods that a program takes over; of the others a graph module has its own."""
+
+
+def _defined(kind: type) -> dict[str, Any]:
+    """What a class of modules and its bases define and a graph module does not, as it stands there.
+
+    All but ``forward`` may take the place of what `torch.nn.Module` defines: ``train``, for one.
+    """
+    special = {f"__{name}__" for name in CONTAINER}
+    found: dict[str, Any] = {}
+    for base in reversed([b for b in kind.__mro__ if not issubclass(Program, b)]):
+        found |= vars(base)
+    taken = {name for base in (Program, fx.GraphModule) for name in vars(base)} | {"forward"}
+    plain = {name for name in found if not name.startswith(("__", "_abc_"))}
+    return {name: found[name] for name in (plain - taken) | (special & found.keys())}
 
 
 def _unpickled(
