@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from psap.blocks import drop_blocks
     from psap.config import Config, Target
     from psap.errors import (
         ArgumentError,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "psap.blocks": ("drop_blocks",),
     "psap.config": ("Config", "Target"),
     "psap.errors": (
         "ArgumentError",
@@ -69,6 +71,7 @@ __all__ = [
     "TraceError",
     "VerificationError",
     "apply",
+    "drop_blocks",
     "export_onnx",
     "export_pt2",
     "load",

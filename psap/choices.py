@@ -74,8 +74,8 @@ def floors(graph: Graph, wanted: Mapping[str, float]) -> scores.Floats:
     found = np.zeros(len(graph.groups))
     if not wanted:
         return found
-    makers = [{w for name in group.producers for w in _within(name)} for group in graph.groups]
-    layers = {within for name in graph.shapes for within in _within(name)}
+    makers = [{w for name in group.producers for w in within(name)} for group in graph.groups]
+    layers = {within for name in graph.shapes for within in within(name)}
     for pattern, share in wanted.items():
         if not any(fnmatchcase(layer, pattern) for layer in layers):
             close = get_close_matches(pattern, sorted(layers), 3, 0.4)
@@ -88,7 +88,7 @@ def floors(graph: Graph, wanted: Mapping[str, float]) -> scores.Floats:
     return found
 
 
-def _within(name: str) -> list[str]:
+def within(name: str) -> list[str]:
     """A parameter, the layer that has it, and all modules around: "a.b.weight", "a.b", "a"."""
     return list(accumulate(name.split("."), "{}.{}".format))
 

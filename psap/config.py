@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from psap.calling import called
 from psap.errors import ArgumentError, ArgumentTypeError
+
+if TYPE_CHECKING:
+    from psap.shrink import Result
 
 Protect = Literal["gate", "price", "pulse", "none"]
 Schedule = Literal["cubic", "linear"]
@@ -85,6 +88,29 @@ class Target:
             if value is not None:
                 wanted = "in (0, 1]: the share that is kept"
                 _real("Target", item.name, value, math.nextafter(0.0, 1.0), 1.0, wanted)
+
+    def after(self, result: Result) -> Target:
+        """What is left of this target, for a network that was made smaller before.
+
+        ``Target(macs=0.5)`` of the network that `psap.drop_blocks` or `psap.apply` was given is
+        ``Target(macs=0.5).after(result)`` of ``result.model``; at most everything that it has.
+
+        Raises:
+            ArgumentError: the plan of the result does not say the cost of what is bounded.
+        """
+        shares = {}
+        for item in fields(self):
+            share = getattr(self, item.name)
+            if share is None:
+                continue
+            key = "latency_ms" if item.name == "latency" else item.name
+            before, after = (getattr(cost, key) for cost in (result.plan.before, result.plan.after))
+            if not before or not after:
+                raise ArgumentError(
+                    f"the plan of the result does not say its {item.name}; bound what it does"
+                )
+            shares[item.name] = min(1.0, share * before / after)
+        return Target(**shares)
 
 
 @called("psap.Config(target=psap.Target(macs=0.3))")

@@ -65,9 +65,8 @@ def examples(model: nn.Module) -> Iterator[dict[str, dict[str, Any]]]:
         for name, module in model.named_modules():
 
             def note(m: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-                bound = inspect.signature(m.forward).bind(*args, **kwargs)
-                bound.apply_defaults()
-                if name not in given:
+                bound = bound_to(m, args, kwargs)
+                if bound is not None and name not in given:
                     known = {k: v for k, v in bound.arguments.items() if _is_example(v)}
                     given[name] = tree_map_only(Tensor, _on_meta, known)
 

@@ -16,7 +16,7 @@ NUMBER = 0.37
 
 
 class EvenNoise(QuietMode):
-    """Makes calls that draw uniform or normal numbers draw the same one everywhere.
+    """Makes calls that draw random numbers draw the same one everywhere.
 
     Args:
         mean: draw the mean, so that noise which is added changes nothing. That is for train mode,
@@ -28,7 +28,7 @@ class EvenNoise(QuietMode):
 
     def __init__(self, *, mean: bool) -> None:
         super().__init__()
-        self.changed = False
+        self.changed, self._mean = False, mean
         self._normal, self._uniform = (0.0, 0.5) if mean else (NUMBER, NUMBER)
 
     def __torch_dispatch__(
@@ -36,12 +36,15 @@ class EvenNoise(QuietMode):
     ) -> Any:
         """Run the call, and replace what it has drawn."""
         name = func.overloadpacket.__name__
-        out = func(*args, **(kwargs or {}))
-        if name not in _NORMAL and name not in _UNIFORM:
-            return out
-        self.changed = True
+        if name not in _NORMAL and name not in _UNIFORM and name not in _COINS:
+            return func(*args, **(kwargs or {}))
         names = [argument.name for argument in func._schema.arguments]
         given: dict[str, Any] = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
+        out = func(*args, **(kwargs or {}))
+        self.changed = True
+        if name in _COINS:
+            chance = given.get("p", 0.5) if name == "bernoulli_" else given["self"]
+            return out.zero_().add_(chance) if self._mean else out.fill_(1)
         if name in _NORMAL:
             return out.zero_().add_(given.get("mean", 0.0) + given.get("std", 1.0) * self._normal)
         low = given.get("from", 0.0)
@@ -50,3 +53,4 @@ class EvenNoise(QuietMode):
 
 _NORMAL = ("randn", "randn_like", "normal_", "normal")
 _UNIFORM = ("rand", "rand_like", "uniform_")
+_COINS = ("bernoulli", "bernoulli_")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MethodType
 from typing import Any
 
@@ -117,6 +117,7 @@ def rebuild(
     names: Mapping[int, str],
     model: nn.Module,
     state: Mapping[str, Any],
+    gone: Collection[str] = (),
 ) -> torch.optim.Optimizer:
     """A new optimizer of the same class, options and group order for the small model.
 
@@ -125,12 +126,13 @@ def rebuild(
         names: names of the dense parameters by ``id``.
         model: the small model.
         state: what `shrink_state` returned.
+        gone: names of parameters that are trained no more.
 
     Raises:
-        PsapError: the optimizer trains a parameter that the small model does not have.
+        PsapError: the optimizer trains another parameter that the small model does not have.
     """
     small = dict(model.named_parameters(remove_duplicate=False))
-    lost = [name for name in names.values() if name not in small]
+    lost = [name for name in names.values() if name not in small and name not in gone]
     if lost and any(names[id(p)] in lost for g in optimizer.param_groups for p in g["params"]):
         raise PsapError(
             f"the optimizer trains {lost[0]}, which the small model does not use; go without "
@@ -140,7 +142,9 @@ def rebuild(
     fresh: torch.optim.Optimizer = type(optimizer).__new__(type(optimizer))
     groups = [
         {
-            k: [small[names[id(p)]] for p in v] if k == "params" else copy.deepcopy(v)
+            k: [small[names[id(p)]] for p in v if names[id(p)] not in gone]
+            if k == "params"
+            else copy.deepcopy(v)
             for k, v in group.items()
         }
         for group in optimizer.param_groups
@@ -149,7 +153,8 @@ def rebuild(
     body["param_groups"] = groups
     body["state"] = type(optimizer.state)(optimizer.state.default_factory)
     for name, entries in state.items():
-        body["state"][small[name]] = entries
+        if name not in gone:
+            body["state"][small[name]] = entries
     fresh.__setstate__(body)
     return fresh
 

@@ -10,7 +10,7 @@ from psap import inputspec
 from psap.cost import Cost, LayerCost
 from psap.errors import ArgumentTypeError, FileError
 from psap.graph.alike import packed
-from psap.plans import GroupPlan, Plan, SidePlan
+from psap.plans import Block, GroupPlan, Plan, SidePlan
 
 FORMAT = "psap-plan"
 VERSION = 1
@@ -87,6 +87,8 @@ def to_json(plan: Plan) -> str:
         "layers": [[vars(a), vars(b)] for a, b in plan.layers],
         "left_alone": dict(plan.left_alone),
         "inputs": inputspec.to_json(plan.inputs),
+        "dropped": [[block.name, list(block.tensors)] for block in plan.dropped],
+        "without": [list(names) for names in plan.without],
     }
     return json.dumps(body)
 
@@ -131,7 +133,22 @@ def _from_body(body: Mapping[str, Any]) -> Plan:
         layers=tuple((_layer(a), _layer(b)) for a, b in body["layers"]),
         left_alone={name: _text(body["left_alone"], name) for name in body["left_alone"]},
         inputs=inputspec.from_json(body["inputs"]),
+        dropped=tuple(_block(entry) for entry in body.get("dropped", [])),  # older plans drop none
+        without=tuple(_names(entry) for entry in body.get("without", [])),
     )
+
+
+def _block(entry: Any) -> Block:
+    name, tensors = entry
+    if not isinstance(name, str):
+        raise _damaged("dropped")
+    return Block(name, _names(tensors))
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    if not isinstance(entry, list) or not all(isinstance(name, str) for name in entry):
+        raise _damaged("the names of residual branches")
+    return tuple(entry)
 
 
 def _group(body: Mapping[str, Any], reader: _Reader) -> GroupPlan:

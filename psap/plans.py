@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from torch import Tensor, nn
 
-from psap import choices, schedule, scores
+from psap import choices, schedule, scores, targets
 from psap.calling import called
-from psap.config import Config, Target, checked_floors
-from psap.cost import KINDS, Budget, Cost, CostModel, LayerCost
-from psap.errors import ArgumentError, ArgumentTypeError, TargetError
+from psap.config import Target, checked_floors
+from psap.cost import Cost, CostModel, LayerCost
+from psap.errors import ArgumentError, ArgumentTypeError
 from psap.graph import Graph
 from psap.graph.parts import part
 from psap.inputspec import specs
@@ -66,6 +66,19 @@ class SidePlan:
 
 
 @dataclass(frozen=True)
+class Block:
+    """A residual branch: what is added to a shortcut without weights.
+
+    Attributes:
+        name: that of its largest layer.
+        tensors: the parameters and buffers that only it uses.
+    """
+
+    name: str
+    tensors: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Plan:
     """Which channels of a model stay: what `psap.plan` returns and `psap.apply` carries out.
 
@@ -80,6 +93,8 @@ class Plan:
         inputs: what the model was traced with: an `InputSpec` in the place of every tensor.
         graph: the graph it was made from; absent after `from_json`.
         counted: whether a norm counts channels that go, so that only graph mode is exact.
+        dropped: residual branches that go (`psap.drop_blocks`); then no channel does.
+        without: names of the branches that the model has lost before, one tuple for each time.
     """
 
     architecture: str
@@ -92,13 +107,16 @@ class Plan:
     inputs: Any
     graph: Graph | None = field(default=None, compare=False, repr=False)
     counted: bool = field(default=False, compare=False)
+    dropped: tuple[Block, ...] = ()
+    without: tuple[tuple[str, ...], ...] = ()
 
     def __repr__(self) -> str:
         name = "" if self.graph is None else f"{type(self.graph.model).__name__}: "
         macs = self.after.macs / max(1, self.before.macs)
         parameters = self.after.parameters / max(1, self.before.parameters)
+        what = f"{len(self.dropped)} branches" if self.dropped else f"{len(self.groups)} groups"
         return (
-            f"Plan({name}{len(self.groups)} groups, MACs {100 * macs:.1f} % kept, "
+            f"Plan({name}{what}, MACs {100 * macs:.1f} % kept, "
             f"parameters {100 * parameters:.1f} % kept)"
         )
 
@@ -132,6 +150,9 @@ class Plan:
                 f"  {group.name:<{width}}  {group.size:>5} -> {len(group.kept):>5}  "
                 f"({gone} removed){part}{tail if others else ''}"
             )
+        lines += [f"  without the residual branch of {block.name}" for block in self.dropped]
+        before = [name for names in self.without for name in names]
+        lines += [f"  (dropped before: the residual branch of {name})" for name in before]
         if self.left_alone:
             lines.append("left alone:")
             width = max([len(name) for name in self.left_alone] + [8])
@@ -213,8 +234,12 @@ def from_masks(graph: Graph, kept: Sequence[Sequence[int]], cost: CostModel | No
         inputs=specs(graph.inputs),
         graph=graph,
         counted=any(len(kept[n]) < graph.groups[n].size for n in graph.counted),
+        without=vars(graph.model).get(DROPPED, ()),
     )
 
+
+DROPPED = "psap_dropped"
+"""The attribute in which a model keeps the names of the residual branches that it has lost."""
 
 Score = Literal["l1", "l2", "random"]
 
@@ -284,7 +309,7 @@ def plan(
         widths = choices.by_ratio(graph, ratio, bounds)
     else:
         assert target is not None
-        widths = solve_target(graph, cost, stats, bounds, target)
+        widths = targets.solve_target(graph, cost, stats, bounds, target)
     values = choices.importances(graph, stats, score, seed)
     kept = [scores.strongest(v, int(w)) for v, w in zip(values, widths, strict=True)]
     return from_masks(graph, kept, cost)
@@ -300,35 +325,7 @@ def _check_call(graph: Any, ratio: Any, target: Any) -> None:
     if ratio is None and not isinstance(target, Target):
         raise ArgumentTypeError(f"target is {target!r}; pass psap.Target(macs=0.3), for example")
     if not graph.groups:
-        raise nothing_to_prune(graph)
-
-
-def nothing_to_prune(graph: Graph) -> TargetError:
-    """The error for a graph without groups."""
-    reasons = [f"{name}: {why}" for name, why in list(graph.left_alone.items())[:5]]
-    mend = f"; {_UNFREEZE}" if _frozen(graph) else ""
-    return TargetError("no layer of this model can be pruned: " + "; ".join(reasons) + mend)
-
-
-_UNFREEZE = "call requires_grad_(True) on what may be pruned"
-
-
-def _frozen(graph: Graph) -> list[str]:
-    """Why layers stay that frozen parameters keep."""
-    return [why for why in graph.left_alone.values() if "requires_grad is False" in why]
-
-
-def _what_stays(graph: Graph) -> str:
-    """How many layers cannot be pruned, as the end of a sentence, and what mends it."""
-    frozen = _frozen(graph)
-    if frozen:
-        return f"; {_count(frozen)} because {frozen[0]}, for one: {_UNFREEZE}"
-    rest = [(n, why) for n, why in graph.left_alone.items() if why != "output of the model"]
-    return f"; {_count(rest)}, {rest[0][0]} for one ({rest[0][1]})" if rest else ""
-
-
-def _count(layers: Sequence[Any]) -> str:
-    return "1 layer stays" if len(layers) == 1 else f"{len(layers)} layers stay"
+        raise targets.nothing_to_prune(graph)
 
 
 def _fresh_tensors(graph: Graph) -> dict[str, Tensor]:
@@ -342,47 +339,3 @@ def _fresh_tensors(graph: Graph) -> dict[str, Tensor]:
                 f"example_inputs): {name} had shape {tuple(shape)} and {now}"
             )
     return tensors
-
-
-def solve_target(
-    graph: Graph,
-    cost: CostModel,
-    stats: Sequence[scores.GroupStats],
-    bounds: Sequence[schedule.Limits],
-    target: Target,
-) -> schedule.Ints:
-    """Widths by weight sparsity that meet a target.
-
-    Raises:
-        TargetError: even the smallest widths cost more.
-    """
-    sparsity = np.array([s.sparsity for s in stats])
-    spared = scores.summands(graph) ** -Config.stream_power
-    budget, power = Budget(cost, target), Config.sparsity_power
-    widths = schedule.solve(sparsity, spared, power, bounds, budget.fits, budget.room)
-    require(graph, cost, widths, target)
-    return widths
-
-
-def require(graph: Graph, cost: CostModel, widths: schedule.Ints, target: Target) -> None:
-    """Check that widths meet a target.
-
-    Raises:
-        TargetError: they do not.
-    """
-    if cost.fits(widths, target):
-        return
-    shares = cost.totals(widths) / np.maximum(cost.totals(cost.sizes), 1e-300)
-    names = ("MACs", "parameters", "activations", "predicted latency")
-    wanted = [share is not None for share in (getattr(target, kind) for kind in KINDS)]
-    kept = [
-        f"{share:.1%} of the {name}"
-        for at, (name, share) in enumerate(zip(names, shares.tolist(), strict=True))
-        if at < 2 or wanted[at]
-    ]
-    bounds = ", ".join(f"{kind}={x}" for kind, x in vars(target).items() if x is not None)
-    raise TargetError(
-        f"Target({bounds}) cannot be met: the smallest network that these limits allow keeps "
-        f"{', '.join(kept[:-1])} and {kept[-1]}; raise the target, or lower min_channels or "
-        f"floors, or raise max_ratio{_what_stays(graph)}"
-    )

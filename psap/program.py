@@ -62,7 +62,7 @@ def program(
     Raises:
         VerificationError: no module with fixed sizes can be made a program.
     """
-    cast = _cast(model, inputs)
+    cast = cast_to(model, inputs)
     failures: list[str] = [] if notes is None else notes
     gone = removed(plan)
     opened = openings(model, plan, gone, cast, lambda tracer: living(tracer, plan))
@@ -71,7 +71,7 @@ def program(
     records = recorded(model, dense, cast, plan, gone if same else None)
     small = small_copy(model, plan)
     made = 0
-    places, bodies, generator = _places(small), dict(named_modules(small)), Generator()
+    where, bodies, generator = places(small), dict(named_modules(small)), Generator()
     for name in sorted(dense, key=lambda n: (n != "", n.count(".")), reverse=True):
         body = bodies[name]
         try:
@@ -79,7 +79,7 @@ def program(
         except VerificationError as error:
             failures.append(str(error))
             continue
-        for children, key in places.get(id(body), ()):
+        for children, key in where.get(id(body), ()):
             children[key] = part
         small = small if name else part
         made += 1
@@ -129,18 +129,38 @@ def _small(
     for node, twin in copied.items():
         if node in record.values:
             rewrite(node, twin, record, alive)
-        if twin.type is not None:
-            twin.type = None  # torch.fx cannot pickle annotations that are text
+    return standing(dense, body, graph, record.constants, generator)
+
+
+def standing(
+    dense: fx.GraphModule,
+    body: nn.Module,
+    graph: fx.Graph,
+    constants: Mapping[str, Tensor],
+    generator: Generator,
+) -> fx.GraphModule:
+    """A program that stands for a module.
+
+    Args:
+        dense: the program of the dense module.
+        body: the small module, whose tensors and children it takes.
+        graph: what it does.
+        constants: tensors that only it has.
+        generator: makes it.
+    """
+    for node in graph.nodes:
+        node.type = None  # torch.fx cannot pickle annotations that are text
     if isinstance(body, nn.MultiheadAttention):
         body._qkv_same_embed_dim = False  # nn.TransformerEncoder would call a fused kernel
+    used = {str(node.target) for node in graph.nodes}
     for name, module in dense.named_children():
-        if name.startswith(ADDED):
+        if name.startswith(ADDED) and name in used:
             body.add_module(name, copy.deepcopy(module).train(body.training))
     for name, constant in dense.named_buffers(recurse=False):
-        if name.startswith(ADDED):
+        if name.startswith(ADDED) and name in used:
             body.register_buffer(name, constant.clone(), persistent=False)
     device = next((x.device for x in body.parameters()), torch.device("cpu"))
-    for name, constant in record.constants.items():
+    for name, constant in constants.items():
         body.register_buffer(name, constant.to(device), persistent=False)
     small = generator.module(body, graph, type(body).__name__)
     for kind, value in vars(body).items():
@@ -153,7 +173,7 @@ def _small(
 _HOOKS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
 
 
-def _places(model: nn.Module) -> dict[int, list[tuple[dict[str, Any], str]]]:
+def places(model: nn.Module) -> dict[int, list[tuple[dict[str, Any], str]]]:
     """For every module, by identity, the dictionaries that hold it, and under which names."""
     found: dict[int, list[tuple[dict[str, Any], str]]] = {}
     for parent in model.modules():
@@ -162,7 +182,8 @@ def _places(model: nn.Module) -> dict[int, list[tuple[dict[str, Any], str]]]:
     return found
 
 
-def _cast(model: nn.Module, inputs: Inputs) -> Inputs:
+def cast_to(model: nn.Module, inputs: Inputs) -> Inputs:
+    """Inputs of the dtype of a model, where they are floating numbers."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     cast: Inputs = tree_map(
         lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, inputs

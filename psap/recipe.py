@@ -15,15 +15,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from psap.branches import without
 from psap.calling import called
 from psap.errors import ArgumentError, ArgumentTypeError, FileError
 from psap.files import Path_, read, write
 from psap.graph.inputs import check_model
 from psap.inputspec import zeros
-from psap.plans import Plan
-from psap.program import program
-from psap.refitting import bare_norms, refit_bare
-from psap.shrink import Result, other_model, small_copy
+from psap.plans import DROPPED, Plan
+from psap.shrink import Result, again, other_model
 from psap.untouched import trainable
 
 FORMAT = "psap-recipe"
@@ -122,7 +121,7 @@ class Saved:
             raise ArgumentTypeError(
                 f"factory returned a {type(dense).__name__}; return the dense nn.Module"
             )
-        dense = check_model(dense)
+        dense = self._shortened(check_model(dense))
         difference = other_model(dense, self.plan)
         if difference:
             names = {*self.tensors, *self.aliases}
@@ -136,6 +135,18 @@ class Saved:
         small = _small(dense, self.plan, self.mode)
         _fill(small, self.tensors, self.aliases, self.path)
         return small
+
+    def _shortened(self, dense: nn.Module) -> nn.Module:
+        """The model without the residual branches that it had lost before it was cut."""
+        for names in self.plan.without[len(vars(dense).get(DROPPED, ())) :]:
+            inputs = zeros(self.plan.inputs, next(dense.parameters()).device)
+            if inputs is None:
+                raise FileError(
+                    "the recipe was traced with inputs that no file can hold; build the network "
+                    "without its residual branches (psap.drop_blocks) in factory()"
+                )
+            dense = without(dense, names, inputs)
+        return dense
 
 
 @called("psap.load(path, factory), where factory() builds the dense model")
@@ -200,16 +211,12 @@ def read_saved(path: Path_) -> Saved:
 
 
 def _small(dense: nn.Module, plan: Plan, mode: Literal["module", "graph"]) -> nn.Module:
-    device = next(dense.parameters()).device
-    if mode == "module":
-        small = small_copy(dense, plan)
-        return refit_bare(small, zeros(plan.inputs, device)) if bare_norms(small) else small
-    inputs = zeros(plan.inputs, device)
-    if inputs is None:
+    inputs = zeros(plan.inputs, next(dense.parameters()).device)
+    if mode == "graph" and inputs is None:
         raise FileError(
             "the recipe was traced with inputs that no file can hold; apply the plan anew"
         )
-    return refit_bare(program(dense, plan, inputs, small_copy), inputs)
+    return again(dense, plan, mode, inputs)
 
 
 @torch.no_grad()

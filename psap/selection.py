@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from torch import Tensor
 
-from psap import choices, plans, schedule, scores
+from psap import choices, schedule, scores, targets
 from psap.config import Config, Target
 from psap.cost import Budget, CostModel
 from psap.gates import Bools, Floats
@@ -24,9 +24,9 @@ def require_target(graph: Graph, cost: CostModel, config: Config) -> None:
         TargetError: it does not, or nothing can be pruned.
     """
     if not graph.groups:
-        raise plans.nothing_to_prune(graph)
+        raise targets.nothing_to_prune(graph)
     floors = np.array([b.nearest(b.floor) for b in bounds(graph, config)])
-    plans.require(graph, cost, floors, config.target)
+    targets.require(graph, cost, floors, config.target)
 
 
 def bounds(graph: Graph, config: Config) -> list[schedule.Limits]:

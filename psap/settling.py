@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from psap.layerwise import few
+from psap.members import named_modules
 
 Moments = dict[str, tuple[Tensor, Tensor]]
 """By the name of a norm the mean and variance [C] of its first input."""
@@ -52,12 +53,15 @@ def settle(
         found: what `settling` gave.
         kept: by parameter or buffer and dimension the positions that the model has.
     """
+    there = dict(named_modules(model))
     for name, (mean, variance) in found.items():
+        if name not in there:
+            continue  # it went with a residual branch
         stays = kept.get(f"{name}.running_mean", {}).get(0)
         if stays is not None:
             at = torch.tensor(stays, device=mean.device)
             mean, variance = mean[at], variance[at]
-        _settle(model.get_submodule(name), mean, variance)
+        _settle(there[name], mean, variance)
 
 
 def _settle(module: nn.Module, mean: Tensor, variance: Tensor) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 import psap_kernels
+from psap import branches, hazards, optim
 from psap import friends as friends_
-from psap import hazards, optim
 from psap.calling import called
 from psap.commit import commit
 from psap.copying import copied
@@ -21,7 +21,7 @@ from psap.graph.groups import no_collection
 from psap.graph.inputs import Inputs, as_inputs, check_model
 from psap.inputspec import zeros
 from psap.members import all_tensors, named_modules
-from psap.plans import Plan, fingerprint
+from psap.plans import Block, Plan, fingerprint
 from psap.program import program
 from psap.ranks import Ranks
 from psap.refitting import refit, refit_bare
@@ -92,6 +92,9 @@ def other_model(model: nn.Module, plan: Plan) -> str:
                 f"{side.name} has shape {tuple(tensor.shape)}, the plan expects {side.size} along "
                 f"dimension {side.dim}"
             )
+    for block in plan.dropped:
+        if lost := [name for name in block.tensors if name not in tensors]:
+            return f"this {type(model).__name__} has no {lost[0]!r}"
     same = plan.architecture == fingerprint(model, tensors)
     return "" if same else "the names or shapes of its parameters differ"
 
@@ -149,7 +152,8 @@ def mask(model: nn.Module, plan: Plan) -> nn.Module:
 
     What *makes* a channel is zeroed (filters, biases, affine pairs of norms, running means). What
     reads it is not, so the comparison proves that pruned channels really are silent; except what
-    reads a channel that does not stay zero on its way (after a sigmoid).
+    reads a channel that does not stay zero on its way (after a sigmoid). Of a residual branch that
+    goes, all parameters are zeroed.
 
     Args:
         model: the dense model; it is not changed.
@@ -180,6 +184,26 @@ def zero_(model: nn.Module, plan: Plan) -> None:
             targets.append(target.movedim(side.dim, 0))
             keeps.append(keep.to(target.device))
     psap_kernels.zero_filters_(targets, keeps)
+    silence(tensors, plan.dropped)
+
+
+@torch.no_grad()
+def silence(tensors: Mapping[str, Tensor], blocks: Sequence[Block]) -> None:
+    """Set the weights of residual branches to zero, in place.
+
+    Args:
+        tensors: those of the model, by name.
+        blocks: the branches.
+    """
+    for name in (name for block in blocks for name in block.tensors):
+        kind = name.rpartition(".")[2]
+        zeroed = isinstance(tensors[name], nn.Parameter) and kind not in _DIRECTIONS
+        if zeroed or kind == "running_mean":
+            tensors[name].zero_()
+
+
+_DIRECTIONS = ("weight_v", "original1")
+"""Of a weight norm: what it divides by."""
 
 
 @no_collection()
@@ -265,6 +289,11 @@ def apply(
     if inplace:
         Ranks(model).refuse_inplace("inplace=True")
     model = check_plan(model, plan)
+    if plan.dropped and (inplace or mode == "module"):
+        raise ArgumentError(
+            "a network loses residual branches in a copy, and in graph mode; go without "
+            "inplace=True and mode='module'"
+        )
     if mode not in ("auto", "module", "graph"):
         raise ArgumentError(f"mode is {mode!r}; pass 'auto', 'module' or 'graph'")
     around = friends_.sort(model, plan, optimizer, friends)
@@ -275,13 +304,14 @@ def apply(
     done = replace(plan, graph=None)  # the result must not keep the dense model alive
     networks = [(model, small)]
     for dense in around.copies:
-        networks.append((dense, _again(dense, plan, made, inputs)))
+        networks.append((dense, again(dense, plan, made, inputs)))
     states = [optim.shrink_state(o, around.names, _gatherer(plan)) for o in around.optimizers]
     if inplace:
         commit(networks, list(zip(around.optimizers, states, strict=True)), around.names)
         return Result(model, optimizer, done, made, inputs, report, around.given)
+    gone = {name for block in plan.dropped for name in block.tensors}
     fresh = [
-        optim.rebuild(o, around.names, small, state)
+        optim.rebuild(o, around.names, small, state, gone)
         for o, state in zip(around.optimizers, states, strict=True)
     ]
     others = friends_.carried(around, networks, fresh)
@@ -289,12 +319,16 @@ def apply(
     return Result(small, first, done, made, inputs, report, others)
 
 
-def _again(dense: nn.Module, plan: Plan, mode: str, inputs: Inputs | None) -> nn.Module:
-    """The small network of a copy of the model, made in the same mode, on its own device."""
+def again(dense: nn.Module, plan: Plan, mode: str, inputs: Inputs | None) -> nn.Module:
+    """The small network of a model that is built alike, in a known mode, on its own device."""
+    if mode == "module":
+        small = small_copy(dense, plan)
+        return refit_bare(small, inputs)
     device = next(dense.parameters()).device
     moved = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, inputs)
-    small = small_copy(dense, plan) if mode == "module" else program(dense, plan, moved, small_copy)
-    return refit_bare(small, moved)
+    if plan.dropped:
+        return branches.without(dense, [block.name for block in plan.dropped], moved)
+    return refit_bare(program(dense, plan, moved, small_copy), moved)
 
 
 def _gatherer(plan: Plan) -> optim.Gather:
@@ -314,18 +348,20 @@ def _build(
     model: nn.Module, plan: Plan, inputs: Inputs | None, mode: Mode, check: bool
 ) -> tuple[nn.Module, Literal["module", "graph"], Verification | None]:
     """The small network in the first mode whose proof holds."""
-    if inputs is None and (check or mode == "graph"):
+    if inputs is None and (check or mode == "graph" or plan.dropped):
         raise ArgumentError("the plan does not hold example inputs; pass example_inputs=...")
     makers: dict[Literal["module", "graph"], Callable[[nn.Module], nn.Module]] = {}
     notes: list[str] = []
+    if plan.dropped:
+        makers["graph"] = lambda dense: again(dense, plan, "graph", inputs)
     if plan.counted and mode == "module":
         raise VerificationError(
             "a norm counts channels that go: use mode='graph', or "
             "psap.trace(model, example_inputs, gated=True), which leaves them alone"
         )
-    if mode in ("auto", "module") and not plan.counted:
+    if mode in ("auto", "module") and not plan.counted and not plan.dropped:
         makers["module"] = lambda dense: refit_bare(small_copy(dense, plan), inputs)
-    if mode in ("auto", "graph") and inputs is not None:
+    if mode in ("auto", "graph") and inputs is not None and not plan.dropped:
         makers["graph"] = lambda dense: refit_bare(
             program(dense, plan, inputs, small_copy, notes), inputs
         )

@@ -204,7 +204,8 @@ class _Proof:
 
     def silent(self) -> tuple[str, ...]:
         """Layers that gave the same for all inputs whenever they were looked at."""
-        return tuple(name for name, silent in self._silent.items() if silent)
+        zeroed = {name.rpartition(".")[0] for b in self._plan.dropped for name in b.tensors}
+        return tuple(name for name, same in self._silent.items() if same and name not in zeroed)
 
     def _compare(self, *, training: bool, sloping: bool) -> bool:
         """Compare in one way; returns whether there was something to compare."""
