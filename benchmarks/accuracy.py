@@ -177,8 +177,17 @@ class Bench:
                 method.stepped(task, step)
         method.finish(task)
 
-    def run(self, method: Method, keep: float, *, test: bool = True) -> Row:
-        """One run from beginning to end; the test images are read last, and only with ``test``."""
+    def run(
+        self, method: Method, keep: float, *, test: bool = True, save: Path | None = None
+    ) -> Row:
+        """One run from beginning to end; the test images are read last, and only with ``test``.
+
+        Args:
+            method: prunes.
+            keep: kept share of the MACs.
+            test: read the test images.
+            save: file for the small network, if psap made it.
+        """
         model = self.fresh()
         dense = CostModel(psap.trace(model, self.example)).dense
         task = self.task(model, keep=keep, epochs=self.setting.epochs)
@@ -189,6 +198,9 @@ class Bench:
         except PsapError as error:
             return {"refused": str(error)}
         seconds = time.process_time() - began
+        if save is not None and task.result is not None:
+            save.parent.mkdir(parents=True, exist_ok=True)
+            psap.save(task.result, save)
         graph = psap.trace(task.model, self.example)
         small = CostModel(graph).dense
         return {
@@ -237,6 +249,7 @@ def run(
     threads: int = 1,
     device: str = "cpu",
     test: bool = True,
+    save: Path | None = None,
 ) -> None:
     """Run what is not in the file yet; a row each.
 
@@ -253,6 +266,7 @@ def run(
         threads: of PyTorch.
         device: where the networks train, "cpu" or "cuda".
         test: read the test images at the end; False while methods are being developed.
+        save: folder for the small networks that psap made, as files of `psap.save`.
     """
     if suite not in SUITES:
         raise ValueError(f"suite is {suite!r}; pass one of {', '.join(SUITES)}")
@@ -265,5 +279,7 @@ def run(
     wanted = itertools.product(seeds, SUITES[suite], keeps, methods)
     for row in _pending(out / f"{name}.jsonl", wanted, test):
         bench = Bench(SETTINGS[row["suite"]], row["seed"], device=device, **places)
-        found = bench.run(METHODS[row["method"]](), row["keep"], test=test)
+        label = "-".join(str(row[key]) for key in ("suite", "method", "keep", "seed"))
+        file = None if save is None else save / f"{label}.safetensors"
+        found = bench.run(METHODS[row["method"]](), row["keep"], test=test, save=file)
         rows.write(name, {**row, "threads": threads, "device": device, **found}, out)

@@ -7,9 +7,10 @@ ONNX Runtime must agree with PyTorch, before anything is timed.
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from torch import Tensor, nn
 
 import psap
 from benchmarks import rows, timing
+from psap.cost import CostModel
 from psap.models import create
+from psap.recipe import read_saved
 
 Forward = Callable[[], Any]
 WAYS = ("plain", "round-8", "measured", "latency")
@@ -56,6 +59,10 @@ def plan(graph: psap.Graph, keep: float, way: str) -> psap.Plan:
     return psap.plan(graph, target=target, round_to=ROUND_TO.get(way, 1))
 
 
+def _graph(network: str) -> psap.Graph:
+    return psap.trace(create(network), torch.zeros(2, 3, 32, 32))
+
+
 def _onnx(model: psap.Result | nn.Module, x: Tensor, path: Path) -> Forward:
     """A pass of the exported network; the export compares it with PyTorch."""
     import onnxruntime
@@ -87,8 +94,18 @@ def compare(
     ways: tuple[str, ...] = WAYS,
     weights: Path | None = None,
     repeats: int = 15,
+    file: Path | None = None,
 ) -> list[dict[str, Any]]:
     """One share of one network: a row for every runtime and way.
+
+    Args:
+        network: name of the dense network.
+        keep: kept share of the MACs.
+        batch: images of a pass.
+        ways: how widths are chosen.
+        weights: a folder with ``<network>.safetensors``.
+        repeats: timed turns of each network.
+        file: a small network that was trained, in a file of `psap.save`; then there is no other.
 
     Raises:
         VerificationError: a small network differs from the masked one, or ONNX from PyTorch.
@@ -96,14 +113,20 @@ def compare(
     dense = _dense(network, weights)
     x = torch.randn(batch, 3, 32, 32).to(memory_format=torch.channels_last)
     graph, made, found = psap.trace(dense, x), dict[str, psap.Plan](), list[dict[str, Any]]()
+    few = torch.randn(4, 3, 32, 32)  # the proof costs as much as its batch is large
+    small: dict[str, psap.Result] = {}
+    if file is not None:
+        ways, small = (), {file.stem: _trained(file, network, few)}
+        made = {way: result.plan for way, result in small.items()}
     for way in ways:
         try:
             made[way] = plan(graph, keep, way)
         except psap.TargetError as error:
             shown = {"network": network, "keep": keep, "batch": batch, "way": way}
             found.append({"case": f"{network}, {way}", **shown, "refused": str(error)})
-    few = torch.randn(4, 3, 32, 32)  # the proof costs as much as its batch is large
-    small = {way: psap.apply(dense, chosen, example_inputs=few) for way, chosen in made.items()}
+    for way in ways:
+        if way in made:
+            small[way] = psap.apply(dense, made[way], example_inputs=few)
     with tempfile.TemporaryDirectory() as folder:
         runs: dict[str, dict[str, Forward]] = {
             "pytorch": {way: _torch(result.model, x) for way, result in small.items()},
@@ -117,10 +140,21 @@ def compare(
             times = timing.measure(variants, torch.device("cpu"), repeats=repeats)
             for way, chosen in made.items():
                 row = _row(network, keep, batch, runtime, way, chosen, times)
-                proof = small[way].report["verification"]["max_relative_error"]
+                proof = small[way].report["verification"]
+                error = None if proof is None else proof["max_relative_error"]
                 kind = "random" if weights is None else "pretrained"
-                found.append({**row, "relative_error": proof, "weights": kind})
+                kind = kind if file is None else "trained"
+                found.append({**row, "relative_error": error, "weights": kind})
     return found
+
+
+def _trained(file: Path, network: str, x: Tensor) -> psap.Result:
+    """The network in a file; its plan says the cost of the whole dense network."""
+    model = psap.load(file, lambda: create(network)).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    dense, small = (CostModel(psap.trace(net, x)) for net in (create(network), model))
+    saved = read_saved(file)
+    plan = replace(saved.plan, before=dense.dense, after=small.dense)
+    return psap.Result(model, None, plan, saved.mode, (x,), {"verification": None})
 
 
 def _row(
@@ -165,6 +199,7 @@ def run(
     ways: tuple[str, ...] = WAYS,
     weights: Path | None = None,
     repeats: int = 15,
+    files: tuple[Path, ...] = (),
     out: Path = rows.RESULTS,
 ) -> None:
     """Time dense against pruned networks; a row for each into ``speed.jsonl``.
@@ -177,12 +212,18 @@ def run(
             multiple of channels), "latency" (a bound on the predicted latency, not the MACs).
         weights: a folder with ``<network>.safetensors``; without it the weights are random.
         repeats: timed turns of each network.
+        files: small networks that were trained from the one network named, as `psap.save` wrote
+            them (``benchmarks accuracy --save``); then only these are timed, for all ``batches``.
         out: folder of the rows.
     """
     if unknown := set(ways) - set(ALL_WAYS):
         raise ValueError(f"ways are {sorted(unknown)}; pass some of {', '.join(ALL_WAYS)}")
     torch.set_num_threads(1)
-    for network in networks:
+    for file, batch in itertools.product(files, batches):
+        share = read_saved(file).plan.after.macs / CostModel(_graph(networks[0])).dense.macs
+        for row in compare(networks[0], round(share, 4), batch, repeats=repeats, file=file):
+            rows.write("speed", row, out)
+    for network in () if files else networks:
         for keep in keeps:
             for batch in batches:
                 for row in compare(

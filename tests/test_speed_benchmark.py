@@ -75,3 +75,18 @@ def test_widths_in_blocks_of_16() -> None:
     chosen = speed.plan(graph, 0.8, "round-16")
     fewer = [len(group.kept) for group in chosen.groups if len(group.kept) < group.size]
     assert fewer and all(width % 16 == 0 for width in fewer)
+
+
+def test_a_network_that_was_trained(network: str, tmp_path: Path) -> None:
+    model, x = create("resnet20").eval(), torch.randn(2, 3, 32, 32)
+    first = psap.drop_blocks(model, x, blocks=["layer1.1", "layer3.1"])
+    small = psap.apply(first.model, psap.plan(psap.trace(first.model, x), ratio=0.5))
+    file = tmp_path / "small.safetensors"
+    psap.save(small, file)
+    speed.run(networks=("resnet20",), files=(file,), batches=(2,), repeats=2, out=tmp_path)
+    found = [json.loads(line) for line in (tmp_path / "speed.jsonl").read_text().splitlines()]
+    assert [row["backend"] for row in found] == ["pytorch", "onnxruntime"]
+    share = small.plan.after.macs / first.plan.before.macs
+    assert all(row["macs_share"] == pytest.approx(share) for row in found)
+    assert all((row["way"], row["weights"]) == ("small", "trained") for row in found)
+    assert rows.faults(tmp_path) == []

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+import psap
+
 Batch = tuple[Tensor, Tensor]
 
 
@@ -27,6 +29,7 @@ class Task:
         prune_until: share of the run after which the network must be small.
         seed: of whatever a method draws.
         notes: what a method wants to tell; goes into the row.
+        result: the small network with its recipe, if psap made it.
     """
 
     model: nn.Module
@@ -40,6 +43,7 @@ class Task:
     prune_until: float
     seed: int
     notes: dict[str, object] = field(default_factory=dict)
+    result: psap.Result | None = None
 
 
 class Method:
