@@ -22,7 +22,7 @@ arguments are `ValueError` or `TypeError` too. The symbols are those of [method.
 """
 PARTS = {
     "While training": ("Pruner", "Config", "Target"),
-    "Once": ("trace", "plan", "apply", "mask"),
+    "Once": ("trace", "plan", "apply", "mask", "drop_blocks"),
     "What they return": ("Result", "Plan", "Graph"),
     "Measured latency": ("measure_latency", "LatencyTable"),
     "Files": ("save", "load", "export_onnx", "export_pt2"),
