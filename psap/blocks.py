@@ -18,8 +18,8 @@ from psap.choices import check_whole, within
 from psap.copying import copied
 from psap.cost import CostModel, LayerCost
 from psap.errors import ArgumentError, ArgumentTypeError
-from psap.graph import trace
-from psap.graph.inputs import as_inputs, check_model
+from psap.graph import Graph, trace
+from psap.graph.inputs import Inputs, as_inputs, check_model
 from psap.inputspec import specs
 from psap.members import all_tensors
 from psap.plans import DROPPED, Block, Plan, fingerprint
@@ -79,8 +79,6 @@ def drop_blocks(
         TraceError: the model failed on the inputs.
         VerificationError: without a branch the network is not what it shall be.
     """
-    if (evaluate is None) == (blocks is None):
-        raise ArgumentError("give either evaluate=loss or blocks=['layer1.3'], and not both")
     _check(evaluate, blocks, tolerance, most)
     if evaluate is not None and Ranks(model).distributed:
         raise ArgumentError(
@@ -88,24 +86,34 @@ def drop_blocks(
             "DistributedDataParallel, by names (blocks=[...])"
         )
     model = check_model(model)
-    graph = trace(model, example_inputs)
     inputs = as_inputs(example_inputs)
+    graph = trace(model, inputs)
     cost = CostModel(graph)
-    layers = cost.layers(cost.sizes)
     known = [branch.block for branch in branches(model, inputs)]
     report: list[dict[str, Any]] = []
-    if blocks is not None:
-        chosen = _named(known, blocks)
+    if evaluate is None:
+        chosen = _named(known, blocks or ())
     else:
-        assert evaluate is not None
+        macs = {layer.weight: layer.macs for layer in cost.layers(cost.sizes)}
         shares = {
-            block.name: sum(layer.macs for layer in layers if layer.weight in block.tensors)
-            / max(1, cost.dense.macs)
+            block.name: sum(macs.get(name, 0) for name in block.tensors) / max(1, cost.dense.macs)
             for block in known
         }
-        chosen = _least(_Measured(model, evaluate), known, shares, tolerance, most, report)
+        measured = _Measured(model, evaluate)
+        chosen = _least(measured, known, shares, tolerance, most, report)
+    plan = _plan(graph, cost, chosen, inputs)
+    result = apply(
+        model, plan, optimizer=optimizer, friends=friends, example_inputs=inputs, check=check
+    )
+    result.report["blocks"] = report
+    return result
+
+
+def _plan(graph: Graph, cost: CostModel, chosen: Sequence[Block], inputs: Inputs) -> Plan:
+    """The plan that drops blocks; what is left is traced for its cost."""
+    layers = cost.layers(cost.sizes)
     plan = Plan(
-        architecture=fingerprint(model),
+        architecture=fingerprint(graph.model),
         groups=(),
         sides=(),
         before=cost.dense,
@@ -114,22 +122,19 @@ def drop_blocks(
         left_alone={},
         inputs=specs(graph.inputs),
         dropped=tuple(chosen),
-        without=vars(model).get(DROPPED, ()),
+        without=vars(graph.model).get(DROPPED, ()),
     )
-    if chosen:
-        small = CostModel(trace(again(model, plan, "graph", inputs), example_inputs))
-        left = {layer.weight: layer for layer in small.layers(small.sizes)}
-        after = [left.get(a.weight, LayerCost(a.weight, (0, *a.shape[1:]), 0)) for a in layers]
-        pairs = tuple(zip(layers, after, strict=True))
-        plan = replace(plan, after=small.dense, layers=pairs)
-    result = apply(
-        model, plan, optimizer=optimizer, friends=friends, example_inputs=inputs, check=check
-    )
-    result.report["blocks"] = report
-    return result
+    if not chosen:
+        return plan
+    small = CostModel(trace(again(graph.model, plan, "graph", inputs), inputs))
+    left = {layer.weight: layer for layer in small.layers(small.sizes)}
+    after = [left.get(a.weight, LayerCost(a.weight, (0, *a.shape[1:]), 0)) for a in layers]
+    return replace(plan, after=small.dense, layers=tuple(zip(layers, after, strict=True)))
 
 
 def _check(evaluate: Any, blocks: Any, tolerance: Any, most: Any) -> None:
+    if (evaluate is None) == (blocks is None):
+        raise ArgumentError("give either evaluate=loss or blocks=['layer1.3'], and not both")
     if evaluate is not None and (not callable(evaluate) or isinstance(evaluate, nn.Module)):
         raise ArgumentTypeError("evaluate must be a function that takes a model and returns a loss")
     named = isinstance(blocks, Sequence) and not isinstance(blocks, str)

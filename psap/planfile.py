@@ -133,9 +133,17 @@ def _from_body(body: Mapping[str, Any]) -> Plan:
         layers=tuple((_layer(a), _layer(b)) for a, b in body["layers"]),
         left_alone={name: _text(body["left_alone"], name) for name in body["left_alone"]},
         inputs=inputspec.from_json(body["inputs"]),
-        dropped=tuple(_block(entry) for entry in body.get("dropped", [])),  # older plans drop none
-        without=tuple(_names(entry) for entry in body.get("without", [])),
+        dropped=tuple(_block(entry) for entry in _list(body, "dropped")),
+        without=tuple(_names(entry) for entry in _list(body, "without")),
     )
+
+
+def _list(body: Mapping[str, Any], key: str) -> list[Any]:
+    """A list; older plans do not have it."""
+    found = body.get(key, [])
+    if not isinstance(found, list):
+        raise _damaged(key)
+    return found
 
 
 def _block(entry: Any) -> Block:

@@ -50,6 +50,8 @@ def test_runs_are_written_short() -> None:
 
 
 BODY = json.loads(_plan().to_json())
+NEW = ("dropped", "without")
+"""What older plans do not have."""
 
 
 def _set(*path: Any) -> Callable[[dict[str, Any]], None]:
@@ -85,7 +87,7 @@ def _drop(*path: Any) -> Callable[[dict[str, Any]], None]:
         (_set("version", 2), "format version 2, this psap reads 1"),
         (_set("version", None), "format version None"),
         (_set("version", "9" * 1000), "format version 9{40},"),
-        *((_drop(key), "damaged") for key in BODY if key not in ("format", "version")),
+        *((_drop(key), "damaged") for key in BODY if key not in ("format", "version", *NEW)),
         *((_set(key, None), "damaged") for key in BODY if key not in ("format", "version")),
         *((_set(key, 3), "damaged") for key in BODY if key not in ("format", "version")),
         (_set("groups", 0, None), "damaged"),
@@ -142,6 +144,11 @@ def test_damaged_bodies(change: Callable[[dict[str, Any]], None], match: str | N
         return
     with pytest.raises(psap.FileError, match=match):
         psap.Plan.from_json(json.dumps(body))
+
+
+def test_plans_from_before_branches_could_go() -> None:
+    body = {key: value for key, value in BODY.items() if key not in NEW}
+    assert psap.Plan.from_json(json.dumps(body)) == psap.Plan.from_json(json.dumps(BODY))
 
 
 @pytest.mark.parametrize(
