@@ -185,7 +185,7 @@ class Config:
     score: Literal["l1", "l2"] = "l2"
     protect: Protect = "price"
     gate_eps: float = 1e-3
-    window: int = 8
+    window: int = 32
     price_power: float = 0.25
     price_limit: float = 2.0
     z_threshold: float = 3.0

@@ -40,7 +40,7 @@ def test_defaults_are_those_of_the_method() -> None:
         "score": "l2",
         "protect": "price",
         "gate_eps": 1e-3,
-        "window": 8,
+        "window": 32,
         "price_power": 0.25,
         "price_limit": 2.0,
         "z_threshold": 3.0,
