@@ -129,7 +129,7 @@ def report(folder: tyro.conf.Positional[Path]) -> int:
 
 
 def inspect(*, arch: str, num_classes: int = 10, input: str | None = None) -> int:
-    """List the channel groups of a model, and for every layer left alone the reason.
+    """List channel groups, the reason for every layer left alone, and residual branches.
 
     Args:
         arch: resnet20, vgg16_bn, ... or package.module:factory.
@@ -137,6 +137,7 @@ def inspect(*, arch: str, num_classes: int = 10, input: str | None = None) -> in
         input: shape of one input, also in 1d or 3d; 3,32,32 by default, 1,8,8 for digits_resnet.
     """
     import psap
+    from psap.branches import branches
     from psap.models import create
 
     example = _zeros(input or _default(arch))
@@ -145,6 +146,8 @@ def inspect(*, arch: str, num_classes: int = 10, input: str | None = None) -> in
         graph = psap.trace(model, example)
     console = Console()
     console.print(*_groups(graph), sep="\n")
+    names = [branch.block.name for branch in branches(model, graph.inputs)]
+    print(f"{len(names)} residual branches, each for psap.drop_blocks: {', '.join(names) or 'none'}")
     return 0
 
 

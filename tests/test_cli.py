@@ -180,7 +180,9 @@ def test_inspect(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_inspect_names_the_groups_of_padded_shortcuts(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "--arch", "resnet20", "--input", "3,16,16"]) == 0
-    assert "12 channel groups" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "12 channel groups" in out
+    assert "9 residual branches, each for psap.drop_blocks: layer1.0.conv1, " in out
 
 
 def test_inspect_takes_a_network_in_one_dimension(capsys: pytest.CaptureFixture[str]) -> None:
