@@ -147,7 +147,8 @@ def inspect(*, arch: str, num_classes: int = 10, input: str | None = None) -> in
     console = Console()
     console.print(*_groups(graph), sep="\n")
     names = [branch.block.name for branch in branches(model, graph.inputs)]
-    print(f"{len(names)} residual branches, each for psap.drop_blocks: {', '.join(names) or 'none'}")
+    shown = ", ".join(names) or "none"
+    print(f"{len(names)} residual branches, each for psap.drop_blocks: {shown}")
     return 0
 
 
