@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -17,7 +18,7 @@ from psap.calling import called
 from psap.choices import check_whole, within
 from psap.copying import copied
 from psap.cost import CostModel, LayerCost
-from psap.errors import ArgumentError, ArgumentTypeError
+from psap.errors import ArgumentError, ArgumentTypeError, PsapWarning, VerificationError
 from psap.graph import Graph, trace
 from psap.graph.inputs import Inputs, as_inputs, check_model
 from psap.inputspec import specs
@@ -78,6 +79,9 @@ def drop_blocks(
             positive and finite.
         TraceError: the model failed on the inputs.
         VerificationError: without a branch the network is not what it shall be.
+
+    Warns:
+        PsapWarning: the model has no residual branch, or one that the loss has chosen cannot go.
     """
     _check(evaluate, blocks, tolerance, most)
     if evaluate is not None and Ranks(model).distributed:
@@ -94,19 +98,48 @@ def drop_blocks(
     if evaluate is None:
         chosen = _named(known, blocks or ())
     else:
-        macs = {layer.weight: layer.macs for layer in cost.layers(cost.sizes)}
-        shares = {
-            block.name: sum(macs.get(name, 0) for name in block.tensors) / max(1, cost.dense.macs)
-            for block in known
-        }
+        _warn_if_none(model, known)
+        macs = {x.weight: x.macs / max(1, cost.dense.macs) for x in cost.layers(cost.sizes)}
         measured = _Measured(model, evaluate)
-        chosen = _least(measured, known, shares, tolerance, most, report)
-    plan = _plan(graph, cost, chosen, inputs)
-    result = apply(
-        model, plan, optimizer=optimizer, friends=friends, example_inputs=inputs, check=check
-    )
+        chosen = _least(measured, known, macs, tolerance, most, report) if known else []
+    given: dict[str, Any] = {
+        "optimizer": optimizer, "friends": friends, "example_inputs": inputs, "check": check
+    }  # fmt: skip
+    try:
+        result = apply(model, _plan(graph, cost, chosen, inputs), **given)
+    except VerificationError:
+        held = [block for block in chosen if _holds(graph, cost, block, inputs)]
+        if evaluate is None or len(held) == len(chosen):
+            raise
+        refused = {block.name for block in chosen} - {block.name for block in held}
+        warnings.warn(
+            f"{', '.join(sorted(refused))} cannot go: without it the network is not the one whose "
+            "weights there are zeros; psap.drop_blocks(model, x, blocks=[...]) says why",
+            PsapWarning,
+            stacklevel=4,
+        )
+        result = apply(model, _plan(graph, cost, held, inputs), **given)
     result.report["blocks"] = report
     return result
+
+
+def _warn_if_none(model: nn.Module, known: Sequence[Block]) -> None:
+    if not known:
+        warnings.warn(
+            f"{type(model).__name__} has no residual branch that can be dropped: nothing is added "
+            "to a shortcut without weights in a forward() that torch.fx can trace",
+            PsapWarning,
+            stacklevel=6,
+        )
+
+
+def _holds(graph: Graph, cost: CostModel, block: Block, inputs: Inputs) -> bool:
+    """Whether a network without one branch is proved."""
+    try:
+        apply(graph.model, _plan(graph, cost, [block], inputs), example_inputs=inputs)
+    except VerificationError:
+        return False
+    return True
 
 
 def _plan(graph: Graph, cost: CostModel, chosen: Sequence[Block], inputs: Inputs) -> Plan:
@@ -135,6 +168,8 @@ def _plan(graph: Graph, cost: CostModel, chosen: Sequence[Block], inputs: Inputs
 def _check(evaluate: Any, blocks: Any, tolerance: Any, most: Any) -> None:
     if (evaluate is None) == (blocks is None):
         raise ArgumentError("give either evaluate=loss or blocks=['layer1.3'], and not both")
+    if blocks is not None and most is not None:
+        raise ArgumentError("most is for evaluate=loss; of blocks all go that are named")
     if evaluate is not None and (not callable(evaluate) or isinstance(evaluate, nn.Module)):
         raise ArgumentTypeError("evaluate must be a function that takes a model and returns a loss")
     named = isinstance(blocks, Sequence) and not isinstance(blocks, str)
@@ -178,7 +213,10 @@ class _Measured:
             ArgumentTypeError: it is no number by its type.
         """
         with _silenced(self._model, silenced), untouched(self._model):
+            before = [p._version for p in self._model.parameters()]
             value = self._evaluate(self._model.eval())
+            if before != [p._version for p in self._model.parameters()]:
+                raise ArgumentError("evaluate has changed the weights of the model; only measure")
         try:
             loss = float(value)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -205,7 +243,7 @@ def _silenced(model: nn.Module, blocks: Sequence[Block]) -> Iterator[None]:
 def _least(
     measured: _Measured,
     known: Sequence[Block],
-    shares: dict[str, float],
+    macs: Mapping[str, float],
     tolerance: float,
     most: int | None,
     report: list[dict[str, Any]],
@@ -214,6 +252,17 @@ def _least(
 
     Branches are measured again only if they come up first by their last measurement: what one costs
     seldom falls when others are gone.
+
+    Args:
+        measured: the loss without some branches.
+        known: all branches.
+        macs: share of the MACs by the name of the weight.
+        tolerance: how much the loss may rise.
+        most: how many may go.
+        report: gets an entry for each step.
+
+    Raises:
+        ArgumentError: the loss is none.
     """
     whole = now = measured([])
     if not 0 < whole < math.inf:
@@ -223,25 +272,34 @@ def _least(
     report.append({"block": None, "loss": whole, "macs_share": 1.0})
     chosen: list[Block] = []
     losses: dict[str, float] = {}
+    gone: set[str] = set()
     price = {block.name: -math.inf for block in known}
     fresh: set[str] = set()
     while price and (most is None or len(chosen) < most):
         block = min((b for b in known if b.name in price), key=lambda b: price[b.name])
+        share = sum(macs.get(name, 0) for name in block.tensors if name not in gone)
         if block.name not in fresh:
-            loss = measured([*chosen, block])
-            rise, share = loss - now, max(shares[block.name], 1e-9)
-            price[block.name] = rise / share if rise > 0 else rise
+            loss = losses[block.name] = measured([*chosen, block])
+            rise = loss - now
+            price[block.name] = rise / max(share, 1e-9) if rise > 0 else rise
             if loss > (1 + tolerance) * whole:
                 price[block.name] = math.inf
             fresh.add(block.name)
-            losses[block.name] = loss
+            if len(fresh) == len(known) and set(losses.values()) == {whole}:
+                raise ArgumentError(
+                    f"evaluate gave {whole} without any of the {len(known)} residual branches, as "
+                    "for the whole model; let it run the model that it is given"
+                )
             continue
         if price[block.name] == math.inf:
             break
         chosen.append(block)
+        gone.update(block.tensors)
         now = losses[block.name]
-        kept = report[-1]["macs_share"] - shares[block.name]
-        report.append({"block": block.name, "loss": now, "macs_share": kept})
-        del price[block.name]
+        report.append(
+            {"block": block.name, "loss": now, "macs_share": report[-1]["macs_share"] - share}
+        )
+        inside = {b.name for b in known if gone.issuperset(b.tensors)}  # of one that is gone
+        price = {name: value for name, value in price.items() if name not in inside}
         fresh.clear()
     return chosen

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from psap.copying import copied
 from psap.errors import ArgumentError, VerificationError
@@ -106,9 +107,10 @@ def _of(model: nn.Module, owner: str, program: fx.GraphModule) -> Iterator[Branc
             if not children or weights[1 - at] or not _reads(dead) or not _computed(skip):
                 continue
             largest = max(children, key=lambda child: children[child])
-            block = Block(
-                _join(owner, largest), tuple(_tensors(model, owner, body, program.graph, dead))
-            )
+            tensors = tuple(_tensors(model, owner, body, program.graph, dead))
+            if not tensors:
+                continue  # every layer of it is used elsewhere
+            block = Block(_join(owner, largest), tensors)
             yield Branch(block, owner, program, total, skip, frozenset(dead))
 
 
@@ -121,24 +123,44 @@ def _adds(node: fx.Node) -> bool:
 
 
 def _dead(graph: fx.Graph, total: fx.Node, branch: fx.Node) -> Nodes:
-    """What nobody needs if the branch is not added."""
+    """What nobody needs if the branch is not added.
+
+    What is called for its effect (a check of sizes, an update of a buffer) goes with the branch if
+    it looks at a layer or a parameter of it.
+    """
     alive: Nodes = set()
 
     def need(start: Iterable[fx.Node]) -> None:
-        left = list(start)
-        while left:
-            node = left.pop()
-            if node in alive:
-                continue
-            alive.add(node)
-            cut = branch if node is total else None
-            left += [used for used in node.all_input_nodes if used is not cut]
+        alive.update(_before(start, alive, (total, branch)))
 
     need(node for node in graph.nodes if node.op in ("output", "placeholder"))
-    for node in graph.nodes:  # checks, and what is done in place
-        if not node.users and all(used in alive for used in node.all_input_nodes):
+    own = {node for node in _before([branch], alive) if node.op in ("call_module", "get_attr")}
+    for node in graph.nodes:
+        if not node.users and own.isdisjoint(_before([node], alive)):
             need([node])
     return set(graph.nodes) - alive
+
+
+def _before(
+    start: Iterable[fx.Node], known: Nodes, edge: tuple[fx.Node, fx.Node] | None = None
+) -> Nodes:
+    """Nodes and all that they are computed from, but for what is known already.
+
+    Args:
+        start: the nodes.
+        known: where not to go.
+        edge: a node, and the input of it that does not count.
+    """
+    found: Nodes = set()
+    left = [node for node in start if node not in known]
+    while left:
+        node = left.pop()
+        if node in found:
+            continue
+        found.add(node)
+        spared = edge[1] if edge and node is edge[0] else None
+        left += [u for u in node.all_input_nodes if u is not spared and u not in known]
+    return found
 
 
 def _reads(dead: Nodes) -> bool:
@@ -148,15 +170,7 @@ def _reads(dead: Nodes) -> bool:
 
 def _computed(node: fx.Node) -> bool:
     """Whether a value depends on what the module is called with."""
-    left, seen = [node], {node}
-    while left:
-        node = left.pop()
-        if node.op == "placeholder":
-            return True
-        fresh = [used for used in node.all_input_nodes if used not in seen]
-        seen.update(fresh)
-        left += fresh
-    return False
+    return any(found.op == "placeholder" for found in _before([node], set()))
 
 
 def _weights(body: nn.Module, dead: Nodes) -> dict[str, int]:
@@ -231,7 +245,26 @@ def without(model: nn.Module, names: Iterable[str], inputs: Inputs) -> nn.Module
             children[key] = part
         small = small if owner else part
     vars(small)[DROPPED] = (*vars(model).get(DROPPED, ()), names)
+    _require_whole(small, names)
     return small
+
+
+def _require_whole(small: nn.Module, names: tuple[str, ...]) -> None:
+    """Check that a network that has lost branches has parameters, and can be trained."""
+    what = f"without the residual branches {', '.join(names)} "
+    if next(small.parameters(), None) is None:
+        raise VerificationError(f"{what}the model has no parameters; leave one")
+    modes = {module: module.training for module in small.modules()}
+    try:
+        for training in (True, False):
+            small.train(training)
+    except Exception as error:
+        raise VerificationError(
+            f"{what}train() of the model fails ({type(error).__name__}: {error}): it names a layer "
+            "that goes; leave that branch, or change train()"
+        ) from error
+    for module, training in modes.items():
+        module.training = training
 
 
 def _shortened(body: nn.Module, gone: list[Branch], generator: Generator) -> nn.Module:
@@ -244,15 +277,34 @@ def _shortened(body: nn.Module, gone: list[Branch], generator: Generator) -> nn.
     acts = {node for node in graph.nodes if not node.users}
     for branch in sorted(gone, key=lambda found: found.total, reverse=True):
         acts -= {copies[node] for node in branch.dead if node in copies}
-        copies[branch.total].replace_all_uses_with(copies[branch.skip])
+        skip, total = copies[branch.skip], copies[branch.total]
+        if not all(_makes_anew(body, user) for user in total.users):
+            with graph.inserting_before(total):
+                skip = graph.call_function(torch.clone, (skip,))
+        total.replace_all_uses_with(skip)
     acts -= {copies[branch.total] for branch in gone}
     for node in reversed(list(graph.nodes)):
         if not node.users and node.op != "placeholder" and node not in acts:
             graph.erase_node(node)
-    for name in sorted(before - _used(graph.nodes)):
+    holders = dict(body.named_modules(remove_duplicate=False))
+    for name in before - _used(graph.nodes):
         if name.startswith(ADDED):
             continue
-        holder = body.get_submodule(name.rpartition(".")[0])
-        for table in (holder._modules, holder._parameters, holder._buffers):
-            table.pop(name.rpartition(".")[2], None)
+        holder, _, key = name.rpartition(".")
+        for table in (holders[holder]._modules, holders[holder]._parameters):
+            table.pop(key, None)
+        holders[holder]._buffers.pop(key, None)
     return standing(program, body, graph, {}, generator)
+
+
+def _makes_anew(body: nn.Module, user: fx.Node) -> bool:
+    """Whether a call gives a new tensor and leaves those that it is given as they are."""
+    if user.op == "call_function":
+        return user.target in _ANEW and not user.kwargs.get("inplace") and len(user.args) < 3
+    layer = body.get_submodule(str(user.target)) if user.op == "call_module" else None
+    if isinstance(layer, (nn.ReLU, nn.GELU, nn.SiLU, nn.Hardswish, nn.LeakyReLU)):
+        return not getattr(layer, "inplace", False)
+    return isinstance(layer, (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase))
+
+
+_ANEW = (F.relu, torch.relu, F.gelu, F.silu, operator.add, operator.mul, torch.add, torch.cat)

@@ -97,14 +97,21 @@ class Target:
 
         Raises:
             ArgumentError: the plan of the result does not say the cost of what is bounded.
+            ArgumentTypeError: it is no result.
         """
+        plan: Any = getattr(result, "plan", None)
+        if not hasattr(plan, "before"):
+            raise ArgumentTypeError(
+                f"result is a {type(result).__name__}; pass what psap.drop_blocks or psap.apply "
+                "returned"
+            )
         shares = {}
         for item in fields(self):
             share = getattr(self, item.name)
             if share is None:
                 continue
             key = "latency_ms" if item.name == "latency" else item.name
-            before, after = (getattr(cost, key) for cost in (result.plan.before, result.plan.after))
+            before, after = (getattr(cost, key) for cost in (plan.before, plan.after))
             if not before or not after:
                 raise ArgumentError(
                     f"the plan of the result does not say its {item.name}; bound what it does"

@@ -95,6 +95,9 @@ def _unpickled(
 ) -> Program:
     plain = make(*given)
     made = Program(plain, plain.graph, type(plain).__name__)
+    for table in ("_modules", "_parameters", "_buffers"):  # what the graph does not use, too
+        for name, part in given[0].get(table, {}).items():
+            vars(made)[table].setdefault(name, part)
     made.stand_for(vars(plain), kind)
     return made
 

@@ -129,6 +129,8 @@ def first_difference(
     kept = _kept(plan)
     largest = 0.0
     for glimpse, other in _pairs(wanted, got):
+        if plan.dropped and glimpse.shape != other.shape:
+            return glimpse.name  # no channel goes with a branch
         part = _kept_part(glimpse, other, kept.get(glimpse.name, set()))
         if part is None or not part.numel():
             continue

@@ -115,6 +115,13 @@ def diff(first: Plan, second: Plan) -> PlanDiff:
         raise ArgumentError(
             "the plans were made for different models: names or shapes of parameters differ"
         )
+    gone = [{block.name for block in plan.dropped} for plan in (first, second)]
+    if gone[0] != gone[1] or first.without != second.without:
+        odd = sorted(gone[0] ^ gone[1]) or ["those that went before"]
+        raise ArgumentError(
+            f"the plans drop different residual branches ({', '.join(odd)}), and speak of the "
+            "channels of different networks"
+        )
     sizes = [{group.name: group.size for group in plan.groups} for plan in (first, second)]
     if sizes[0] != sizes[1]:
         names = [

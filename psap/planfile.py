@@ -16,6 +16,8 @@ FORMAT = "psap-plan"
 VERSION = 1
 MOST_POSITIONS = 1 << 26
 """A plan read from text may not list more positions than this (a guard against bombs)."""
+MOST_ROUNDS = 64
+"""Nor may branches have gone in more rounds, each of which takes a trace of the model."""
 ROLES = ("out", "in", "cut", "state", "slope")
 
 
@@ -134,14 +136,14 @@ def _from_body(body: Mapping[str, Any]) -> Plan:
         left_alone={name: _text(body["left_alone"], name) for name in body["left_alone"]},
         inputs=inputspec.from_json(body["inputs"]),
         dropped=tuple(_block(entry) for entry in _list(body, "dropped")),
-        without=tuple(_names(entry) for entry in _list(body, "without")),
+        without=tuple(_names(entry) for entry in _list(body, "without", MOST_ROUNDS)),
     )
 
 
-def _list(body: Mapping[str, Any], key: str) -> list[Any]:
+def _list(body: Mapping[str, Any], key: str, most: int = 1 << 20) -> list[Any]:
     """A list; older plans do not have it."""
     found = body.get(key, [])
-    if not isinstance(found, list):
+    if not isinstance(found, list) or len(found) > most:
         raise _damaged(key)
     return found
 
@@ -154,7 +156,7 @@ def _block(entry: Any) -> Block:
 
 
 def _names(entry: Any) -> tuple[str, ...]:
-    if not isinstance(entry, list) or not all(isinstance(name, str) for name in entry):
+    if not isinstance(entry, list) or not all(type(name) is str for name in entry) or not entry:
         raise _damaged("the names of residual branches")
     return tuple(entry)
 

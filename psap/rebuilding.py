@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from psap.branches import without
 from psap.errors import ArgumentError
 from psap.graph.inputs import Inputs
 from psap.inputspec import zeros
@@ -60,15 +61,15 @@ def dense_factory(
     classes = num_classes or recorded_classes(plan) or 10
     options = {"num_classes": classes, "in_channels": in_channels}
     if arch is not None:
-        if fingerprint(create(arch, **options)) != plan.architecture:
+        if not _fits(create(arch, **options), plan):
             raise ArgumentError(
                 f"{path} was not made from {arch} with {classes} classes and {in_channels} input "
                 "channels: names or shapes of parameters differ; pass --arch and --num-classes of "
                 "the dense network that was pruned"
             )
         return lambda: create(arch, **options)
-    with torch.device("meta"):
-        fits = [n for n in FACTORIES if fingerprint(create(n, **options)) == plan.architecture]
+    with torch.device("cpu" if plan.without else "meta"):
+        fits = [name for name in FACTORIES if _fits(create(name, **options), plan)]
     if fits:
         return lambda: create(fits[0], **options)
     raise ArgumentError(
@@ -76,3 +77,14 @@ def dense_factory(
         f"with {classes} classes and {in_channels} input channels; pass --arch "
         "package.module:factory, which builds the dense network that was pruned"
     )
+
+
+def _fits(dense: nn.Module, plan: Plan) -> bool:
+    """Whether a plan was made for this network, or for what is left of it."""
+    inputs = zeros(plan.inputs)
+    try:
+        for names in plan.without:
+            dense = without(dense, names, inputs or ())
+    except Exception:  # another network: it has no such branch, or takes other inputs
+        return False
+    return fingerprint(dense) == plan.architecture

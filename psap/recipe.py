@@ -8,7 +8,8 @@ tensors in the same kind of file; checkpoints are trees.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from psap.branches import without
 from psap.calling import called
-from psap.errors import ArgumentError, ArgumentTypeError, FileError
+from psap.errors import ArgumentError, ArgumentTypeError, FileError, PsapError
 from psap.files import Path_, read, write
 from psap.graph.inputs import check_model
 from psap.inputspec import zeros
@@ -121,7 +122,8 @@ class Saved:
             raise ArgumentTypeError(
                 f"factory returned a {type(dense).__name__}; return the dense nn.Module"
             )
-        dense = self._shortened(check_model(dense))
+        with self._on_zeros():
+            dense = self._shortened(check_model(dense))
         difference = other_model(dense, self.plan)
         if difference:
             names = {*self.tensors, *self.aliases}
@@ -132,9 +134,24 @@ class Saved:
                 "network that was pruned twice: lambda: psap.load(path of the first small "
                 "network, factory))"
             )
-        small = _small(dense, self.plan, self.mode)
+        with self._on_zeros():
+            small = _small(dense, self.plan, self.mode)
         _fill(small, self.tensors, self.aliases, self.path)
         return small
+
+    @contextmanager
+    def _on_zeros(self) -> Iterator[None]:
+        """Say what happened if the dense model fails on inputs that are zeros."""
+        try:
+            yield
+        except PsapError:
+            raise
+        except Exception as error:
+            raise FileError(
+                f"{self.path} is rebuilt by running the dense model on zeros of the shapes of its "
+                f"example inputs, and there it failed with {type(error).__name__}: {error}; let "
+                "forward() take zeros, or keep the network with psap.export_pt2"
+            ) from error
 
     def _shortened(self, dense: nn.Module) -> nn.Module:
         """The model without the residual branches that it had lost before it was cut."""
