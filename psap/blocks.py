@@ -118,6 +118,7 @@ def drop_blocks(
             PsapWarning,
             stacklevel=4,
         )
+        report = [entry for entry in report if entry["block"] not in refused]
         result = apply(model, _plan(graph, cost, held, inputs), **given)
     result.report["blocks"] = report
     return result

@@ -471,6 +471,7 @@ def test_a_branch_that_cannot_go_is_left_with_a_warning() -> None:
     with pytest.warns(psap.PsapWarning, match=r"1\.a cannot go"):
         result = psap.drop_blocks(model, image(), evaluate=loss, tolerance=9.0)
     assert [block.name for block in result.plan.dropped] == ["2.conv"]
+    assert [entry["block"] for entry in result.report["blocks"]] == [None, "2.conv"]
     with pytest.warns(psap.PsapWarning, match="has no residual branch"):
         psap.drop_blocks(nn.Sequential(conv(3, 4)).double(), image(), evaluate=loss)
 
