@@ -152,7 +152,8 @@ class Config:
             "gate" does not supervise; "pulse" supervises to restore filters at once; "none" zeroes
             the filters.
         gate_eps: factor of the gate.
-        window: K, optimizer steps of supervision after a prune step (protect="price", "pulse").
+        window: K, optimizer steps of supervision after a prune step (protect="price", "pulse"), in
+            which pruned channels are held; at most half of those between two prune steps is best.
         price_power: how strongly prices act on the widths (protect="price").
         price_limit: prices change no width by more than this factor (protect="price").
         z_threshold: significance that a restored filter must reach (protect="pulse").
