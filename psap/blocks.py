@@ -83,12 +83,7 @@ def drop_blocks(
     Warns:
         PsapWarning: the model has no residual branch, or one that the loss has chosen cannot go.
     """
-    _check(evaluate, blocks, tolerance, most)
-    if evaluate is not None and Ranks(model).distributed:
-        raise ArgumentError(
-            "every process would measure another loss; drop blocks before the model is wrapped in "
-            "DistributedDataParallel, by names (blocks=[...])"
-        )
+    _check(model, evaluate, blocks, tolerance, most)
     model = check_model(model)
     inputs = as_inputs(example_inputs)
     graph = trace(model, inputs)
@@ -166,7 +161,7 @@ def _plan(graph: Graph, cost: CostModel, chosen: Sequence[Block], inputs: Inputs
     return replace(plan, after=small.dense, layers=tuple(zip(layers, after, strict=True)))
 
 
-def _check(evaluate: Any, blocks: Any, tolerance: Any, most: Any) -> None:
+def _check(model: Any, evaluate: Any, blocks: Any, tolerance: Any, most: Any) -> None:
     if (evaluate is None) == (blocks is None):
         raise ArgumentError("give either evaluate=loss or blocks=['layer1.3'], and not both")
     if blocks is not None and most is not None:
@@ -182,6 +177,11 @@ def _check(evaluate: Any, blocks: Any, tolerance: Any, most: Any) -> None:
         raise ArgumentError(f"tolerance is {tolerance!r}; pass a number >= 0")
     if most is not None:
         check_whole("most", most, 0)
+    if evaluate is not None and Ranks(model).distributed:
+        raise ArgumentError(
+            "every process would measure another loss; drop blocks before the model is wrapped in "
+            "DistributedDataParallel, by names (blocks=[...])"
+        )
 
 
 def _named(known: Sequence[Block], wanted: Sequence[str]) -> list[Block]:

@@ -75,7 +75,7 @@ def floors(graph: Graph, wanted: Mapping[str, float]) -> scores.Floats:
     if not wanted:
         return found
     makers = [{w for name in group.producers for w in within(name)} for group in graph.groups]
-    layers = {within for name in graph.shapes for within in within(name)}
+    layers = {layer for name in graph.shapes for layer in within(name)}
     for pattern, share in wanted.items():
         if not any(fnmatchcase(layer, pattern) for layer in layers):
             close = get_close_matches(pattern, sorted(layers), 3, 0.4)
