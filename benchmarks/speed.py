@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -59,10 +59,6 @@ def plan(graph: psap.Graph, keep: float, way: str) -> psap.Plan:
     return psap.plan(graph, target=target, round_to=ROUND_TO.get(way, 1))
 
 
-def _graph(network: str) -> psap.Graph:
-    return psap.trace(create(network), torch.zeros(2, 3, 32, 32))
-
-
 def _onnx(model: psap.Result | nn.Module, x: Tensor, path: Path) -> Forward:
     """A pass of the exported network; the export compares it with PyTorch."""
     import onnxruntime
@@ -94,67 +90,75 @@ def compare(
     ways: tuple[str, ...] = WAYS,
     weights: Path | None = None,
     repeats: int = 15,
-    file: Path | None = None,
 ) -> list[dict[str, Any]]:
     """One share of one network: a row for every runtime and way.
-
-    Args:
-        network: name of the dense network.
-        keep: kept share of the MACs.
-        batch: images of a pass.
-        ways: how widths are chosen.
-        weights: a folder with ``<network>.safetensors``.
-        repeats: timed turns of each network.
-        file: a small network that was trained, in a file of `psap.save`; then there is no other.
 
     Raises:
         VerificationError: a small network differs from the masked one, or ONNX from PyTorch.
     """
-    dense = _dense(network, weights)
-    x = torch.randn(batch, 3, 32, 32).to(memory_format=torch.channels_last)
+    dense, x = _dense(network, weights), _batch(batch)
     graph, made, found = psap.trace(dense, x), dict[str, psap.Plan](), list[dict[str, Any]]()
-    few = torch.randn(4, 3, 32, 32)  # the proof costs as much as its batch is large
-    small: dict[str, psap.Result] = {}
-    if file is not None:
-        ways, small = (), {file.stem: _trained(file, network, few)}
-        made = {way: result.plan for way, result in small.items()}
     for way in ways:
         try:
             made[way] = plan(graph, keep, way)
         except psap.TargetError as error:
             shown = {"network": network, "keep": keep, "batch": batch, "way": way}
             found.append({"case": f"{network}, {way}", **shown, "refused": str(error)})
-    for way in ways:
-        if way in made:
-            small[way] = psap.apply(dense, made[way], example_inputs=few)
-    with tempfile.TemporaryDirectory() as folder:
-        runs: dict[str, dict[str, Forward]] = {
-            "pytorch": {way: _torch(result.model, x) for way, result in small.items()},
-            "onnxruntime": {
-                way: _onnx(result, x, Path(folder) / f"{way}.onnx") for way, result in small.items()
-            },
-        }
-        runs["pytorch"]["dense"] = _torch(dense, x)
-        runs["onnxruntime"]["dense"] = _onnx(dense, x, Path(folder) / "dense.onnx")
-        for runtime, variants in runs.items():
-            times = timing.measure(variants, torch.device("cpu"), repeats=repeats)
-            for way, chosen in made.items():
-                row = _row(network, keep, batch, runtime, way, chosen, times)
-                proof = small[way].report["verification"]
-                error = None if proof is None else proof["max_relative_error"]
-                kind = "random" if weights is None else "pretrained"
-                kind = kind if file is None else "trained"
-                found.append({**row, "relative_error": error, "weights": kind})
+    few = _batch(4)  # the proof costs as much as its batch is large
+    small = {way: psap.apply(dense, chosen, example_inputs=few) for way, chosen in made.items()}
+    kind = "random" if weights is None else "pretrained"
+    for runtime, times in _timed(dense, small, x, repeats):
+        for way, chosen in made.items():
+            row = _row(network, keep, batch, runtime, way, chosen, times)
+            proof = small[way].report["verification"]["max_relative_error"]
+            found.append({**row, "relative_error": proof, "weights": kind})
     return found
 
 
-def _trained(file: Path, network: str, x: Tensor) -> psap.Result:
-    """The network in a file; its plan says the cost of the whole dense network."""
-    model = psap.load(file, lambda: create(network)).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    dense, small = (CostModel(psap.trace(net, x)) for net in (create(network), model))
+def trained(network: str, file: Path, batch: int, *, repeats: int = 15) -> list[dict[str, Any]]:
+    """A network that was trained, in a file of `psap.save`: a row for every runtime.
+
+    Raises:
+        FileError: the file is damaged.
+        VerificationError: ONNX differs from PyTorch.
+    """
+    dense, x, few = _dense(network, None), _batch(batch), _batch(4)
     saved = read_saved(file)
-    plan = replace(saved.plan, before=dense.dense, after=small.dense)
-    return psap.Result(model, None, plan, saved.mode, (x,), {"verification": None})
+    model = saved.rebuild(lambda: create(network)).eval()
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    before, after = (CostModel(psap.trace(net, few)).dense for net in (dense, model))
+    chosen = replace(saved.plan, before=before, after=after)  # of the whole network
+    small = psap.Result(model, None, chosen, saved.mode, (few,), {})
+    share = round(after.macs / before.macs, 4)
+    return [
+        {
+            **_row(network, share, batch, runtime, file.stem, chosen, times),
+            "relative_error": None,  # the file was proved when it was made
+            "weights": "trained",
+        }
+        for runtime, times in _timed(dense, {file.stem: small}, x, repeats)
+    ]
+
+
+def _batch(size: int) -> Tensor:
+    return torch.randn(size, 3, 32, 32).to(memory_format=torch.channels_last)
+
+
+def _timed(
+    dense: nn.Module, small: dict[str, psap.Result], x: Tensor, repeats: int
+) -> Iterator[tuple[str, dict[str, timing.Times]]]:
+    """Times of a pass in each runtime, by way; those of the dense network under "dense"."""
+    models = {**{way: result.model for way, result in small.items()}, "dense": dense}
+    with tempfile.TemporaryDirectory() as folder:
+        runs: dict[str, dict[str, Forward]] = {
+            "pytorch": {way: _torch(model, x) for way, model in models.items()},
+            "onnxruntime": {
+                way: _onnx(result, x, Path(folder) / f"{way}.onnx")
+                for way, result in {**small, "dense": dense}.items()
+            },
+        }
+        for runtime, variants in runs.items():
+            yield runtime, timing.measure(variants, torch.device("cpu"), repeats=repeats)
 
 
 def _row(
@@ -220,8 +224,7 @@ def run(
         raise ValueError(f"ways are {sorted(unknown)}; pass some of {', '.join(ALL_WAYS)}")
     torch.set_num_threads(1)
     for file, batch in itertools.product(files, batches):
-        share = read_saved(file).plan.after.macs / CostModel(_graph(networks[0])).dense.macs
-        for row in compare(networks[0], round(share, 4), batch, repeats=repeats, file=file):
+        for row in trained(networks[0], file, batch, repeats=repeats):
             rows.write("speed", row, out)
     for network in () if files else networks:
         for keep in keeps:

@@ -25,7 +25,7 @@ from psap.inputspec import specs
 from psap.members import all_tensors
 from psap.plans import DROPPED, Block, Plan, fingerprint
 from psap.ranks import Ranks
-from psap.shrink import Result, again, apply, silence
+from psap.shrink import Result, apply, made, silence
 from psap.untouched import trainable, untouched
 
 Loss = Callable[[nn.Module], float]
@@ -97,11 +97,15 @@ def drop_blocks(
         macs = {x.weight: x.macs / max(1, cost.dense.macs) for x in cost.layers(cost.sizes)}
         measured = _Measured(model, evaluate)
         chosen = _least(measured, known, macs, tolerance, most, report) if known else []
-    given: dict[str, Any] = {
-        "optimizer": optimizer, "friends": friends, "example_inputs": inputs, "check": check
-    }  # fmt: skip
+
+    def result_of(going: Sequence[Block]) -> Result:
+        plan = _plan(graph, cost, going, inputs)
+        return apply(
+            model, plan, optimizer=optimizer, friends=friends, example_inputs=inputs, check=check
+        )
+
     try:
-        result = apply(model, _plan(graph, cost, chosen, inputs), **given)
+        result = result_of(chosen)
     except VerificationError:
         held = [block for block in chosen if _holds(graph, cost, block, inputs)]
         if evaluate is None or len(held) == len(chosen):
@@ -114,7 +118,7 @@ def drop_blocks(
             stacklevel=4,
         )
         report = [entry for entry in report if entry["block"] not in refused]
-        result = apply(model, _plan(graph, cost, held, inputs), **given)
+        result = result_of(held)
     result.report["blocks"] = report
     return result
 
@@ -155,7 +159,7 @@ def _plan(graph: Graph, cost: CostModel, chosen: Sequence[Block], inputs: Inputs
     )
     if not chosen:
         return plan
-    small = CostModel(trace(again(graph.model, plan, "graph", inputs), inputs))
+    small = CostModel(trace(made(graph.model, plan, "graph", inputs), inputs))
     left = {layer.weight: layer for layer in small.layers(small.sizes)}
     after = [left.get(a.weight, LayerCost(a.weight, (0, *a.shape[1:]), 0)) for a in layers]
     return replace(plan, after=small.dense, layers=tuple(zip(layers, after, strict=True)))

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from psap.branches import without
 from psap.errors import ArgumentError
 from psap.graph.inputs import Inputs
 from psap.inputspec import zeros
 from psap.models import create
 from psap.models.factory import FACTORIES
 from psap.plans import Plan, fingerprint
+from psap.recipe import shortened
 
 MOST_CLASSES = 1 << 20
 """No network is guessed that has more (a guard against bombs)."""
@@ -81,10 +81,7 @@ def dense_factory(
 
 def _fits(dense: nn.Module, plan: Plan) -> bool:
     """Whether a plan was made for this network, or for what is left of it."""
-    inputs = zeros(plan.inputs)
     try:
-        for names in plan.without:
-            dense = without(dense, names, inputs or ())
+        return fingerprint(shortened(dense, plan)) == plan.architecture
     except Exception:  # another network: it has no such branch, or takes other inputs
         return False
-    return fingerprint(dense) == plan.architecture

@@ -23,7 +23,7 @@ from psap.files import Path_, read, write
 from psap.graph.inputs import check_model
 from psap.inputspec import zeros
 from psap.plans import DROPPED, Plan
-from psap.shrink import Result, again, other_model
+from psap.shrink import Result, made, other_model
 from psap.untouched import trainable
 
 FORMAT = "psap-recipe"
@@ -123,7 +123,7 @@ class Saved:
                 f"factory returned a {type(dense).__name__}; return the dense nn.Module"
             )
         with self._on_zeros():
-            dense = self._shortened(check_model(dense))
+            dense = shortened(check_model(dense), self.plan)
         difference = other_model(dense, self.plan)
         if difference:
             names = {*self.tensors, *self.aliases}
@@ -153,17 +153,23 @@ class Saved:
                 "forward() take zeros, or keep the network with psap.export_pt2"
             ) from error
 
-    def _shortened(self, dense: nn.Module) -> nn.Module:
-        """The model without the residual branches that it had lost before it was cut."""
-        for names in self.plan.without[len(vars(dense).get(DROPPED, ())) :]:
-            inputs = zeros(self.plan.inputs, next(dense.parameters()).device)
-            if inputs is None:
-                raise FileError(
-                    "the recipe was traced with inputs that no file can hold; build the network "
-                    "without its residual branches (psap.drop_blocks) in factory()"
-                )
-            dense = without(dense, names, inputs)
-        return dense
+
+def shortened(dense: nn.Module, plan: Plan) -> nn.Module:
+    """The model without the residual branches that it had lost before a plan was made.
+
+    Raises:
+        FileError: the plan does not say with which inputs the model runs.
+        ArgumentError: the model has no such branch.
+    """
+    for names in plan.without[len(vars(dense).get(DROPPED, ())) :]:
+        inputs = zeros(plan.inputs, next(dense.parameters()).device)
+        if inputs is None:
+            raise FileError(
+                "the recipe was traced with inputs that no file can hold; build the network "
+                "without its residual branches (psap.drop_blocks) in factory()"
+            )
+        dense = without(dense, names, inputs)
+    return dense
 
 
 @called("psap.load(path, factory), where factory() builds the dense model")
@@ -233,7 +239,7 @@ def _small(dense: nn.Module, plan: Plan, mode: Literal["module", "graph"]) -> nn
         raise FileError(
             "the recipe was traced with inputs that no file can hold; apply the plan anew"
         )
-    return again(dense, plan, mode, inputs)
+    return made(dense, plan, mode, inputs)
 
 
 @torch.no_grad()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -298,17 +299,17 @@ def apply(
         raise ArgumentError(f"mode is {mode!r}; pass 'auto', 'module' or 'graph'")
     around = friends_.sort(model, plan, optimizer, friends)
     inputs = _inputs(plan, example_inputs, model)
-    small, made, proof = _build(model, plan, inputs, mode, check)
+    small, way, proof = _build(model, plan, inputs, mode, check)
     report = {"verification": None if proof is None else vars(proof)}
     hazards.warn_unsafe(small)
     done = replace(plan, graph=None)  # the result must not keep the dense model alive
     networks = [(model, small)]
     for dense in around.copies:
-        networks.append((dense, again(dense, plan, made, inputs)))
+        networks.append((dense, made(dense, plan, way, inputs)))
     states = [optim.shrink_state(o, around.names, _gatherer(plan)) for o in around.optimizers]
     if inplace:
         commit(networks, list(zip(around.optimizers, states, strict=True)), around.names)
-        return Result(model, optimizer, done, made, inputs, report, around.given)
+        return Result(model, optimizer, done, way, inputs, report, around.given)
     gone = {name for block in plan.dropped for name in block.tensors}
     fresh = [
         optim.rebuild(o, around.names, small, state, gone)
@@ -316,11 +317,25 @@ def apply(
     ]
     others = friends_.carried(around, networks, fresh)
     first = None if optimizer is None else fresh[0]
-    return Result(small, first, done, made, inputs, report, others)
+    return Result(small, first, done, way, inputs, report, others)
 
 
-def again(dense: nn.Module, plan: Plan, mode: str, inputs: Inputs | None) -> nn.Module:
-    """The small network of a model that is built alike, in a known mode, on its own device."""
+def made(
+    dense: nn.Module,
+    plan: Plan,
+    mode: str,
+    inputs: Inputs | None,
+    notes: list[str] | None = None,
+) -> nn.Module:
+    """The small network of the model of a plan, or of one that is built alike, on its own device.
+
+    Args:
+        dense: the dense network; it is not changed.
+        plan: the plan.
+        mode: "module" or "graph".
+        inputs: example inputs, on any device.
+        notes: gets what `program` has to say.
+    """
     if mode == "module":
         small = small_copy(dense, plan)
         return refit_bare(small, inputs)
@@ -328,7 +343,7 @@ def again(dense: nn.Module, plan: Plan, mode: str, inputs: Inputs | None) -> nn.
     moved = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, inputs)
     if plan.dropped:
         return branches.without(dense, [block.name for block in plan.dropped], moved)
-    return refit_bare(program(dense, plan, moved, small_copy), moved)
+    return refit_bare(program(dense, plan, moved, small_copy, notes), moved)
 
 
 def _gatherer(plan: Plan) -> optim.Gather:
@@ -350,25 +365,22 @@ def _build(
     """The small network in the first mode whose proof holds."""
     if inputs is None and (check or mode == "graph" or plan.dropped):
         raise ArgumentError("the plan does not hold example inputs; pass example_inputs=...")
-    makers: dict[Literal["module", "graph"], Callable[[nn.Module], nn.Module]] = {}
     notes: list[str] = []
-    if plan.dropped:
-        makers["graph"] = lambda dense: again(dense, plan, "graph", inputs)
     if plan.counted and mode == "module":
         raise VerificationError(
             "a norm counts channels that go: use mode='graph', or "
             "psap.trace(model, example_inputs, gated=True), which leaves them alone"
         )
+    modes: list[Literal["module", "graph"]] = []
     if mode in ("auto", "module") and not plan.counted and not plan.dropped:
-        makers["module"] = lambda dense: refit_bare(small_copy(dense, plan), inputs)
-    if mode in ("auto", "graph") and inputs is not None and not plan.dropped:
-        makers["graph"] = lambda dense: refit_bare(
-            program(dense, plan, inputs, small_copy, notes), inputs
-        )
+        modes.append("module")
+    if mode in ("auto", "graph") and inputs is not None:
+        modes.append("graph")
     failures = []
     if check:
         require_finite(model)
-    for name, make in makers.items():
+    for name in modes:
+        make = functools.partial(made, plan=plan, mode=name, inputs=inputs, notes=notes)
         try:
             proof = verify(model, plan, inputs or (), make, zero_, name) if check else None
             return make(model), name, proof
