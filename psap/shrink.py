@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 import psap_kernels
 from psap import branches, hazards, optim
@@ -340,10 +340,13 @@ def made(
         small = small_copy(dense, plan)
         return refit_bare(small, inputs)
     device = next(dense.parameters()).device
-    moved = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, inputs)
+    if any(x.device != device for x in tree_leaves(inputs) if isinstance(x, Tensor)):
+        # only then: `program` knows the inputs of the trace by their identity
+        inputs = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, inputs)
+    assert inputs is not None
     if plan.dropped:
-        return branches.without(dense, [block.name for block in plan.dropped], moved)
-    return refit_bare(program(dense, plan, moved, small_copy, notes), moved)
+        return branches.without(dense, [block.name for block in plan.dropped], inputs)
+    return refit_bare(program(dense, plan, inputs, small_copy, notes), inputs)
 
 
 def _gatherer(plan: Plan) -> optim.Gather:
