@@ -41,6 +41,7 @@ def replacing(path: Path_) -> Iterator[Path]:
     """
     target = checked(path)
     temporary = _temporary(target)
+    room = temporary.parent
     try:
         _sweep(target.parent)
         mode = _create(target, temporary)
@@ -55,7 +56,11 @@ def replacing(path: Path_) -> Iterator[Path]:
             "choose another folder"
         ) from error
     finally:
-        _remove(temporary.parent)
+        try:
+            _remove(room)
+        except BaseException:  # an interrupt, even before the first line of it
+            _remove(room)
+            raise
 
 
 def require_writable(path: Path_) -> None:
@@ -67,10 +72,15 @@ def require_writable(path: Path_) -> None:
     """
     target = checked(path)
     temporary = _temporary(target)
+    room = temporary.parent
     try:
         _create(target, temporary)
     finally:
-        _remove(temporary.parent)
+        try:
+            _remove(room)
+        except BaseException:
+            _remove(room)
+            raise
 
 
 def _temporary(target: Path) -> Path:
@@ -83,12 +93,7 @@ def _temporary(target: Path) -> Path:
 
 
 def _remove(room: Path) -> None:
-    """Remove a folder, to the end even if an interrupt comes in the middle of it."""
-    try:
-        shutil.rmtree(room, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(room, ignore_errors=True)
-        raise
+    shutil.rmtree(room, ignore_errors=True)
 
 
 def _create(target: Path, temporary: Path) -> int:

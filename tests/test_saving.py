@@ -152,6 +152,47 @@ def test_interrupts_and_kills_leave_a_whole_file(tmp_path: Path) -> None:
     assert found["seen"] and set(found["seen"]) <= {0.0, 1.0}
 
 
+EVERY_CALL = """
+import os, sys, torch
+from psap.files import require_writable
+from psap.recipe import read_tree, write_tree
+
+def interrupted(work, at):
+    count = 0
+
+    def trace(frame, event, _):
+        nonlocal count
+        count += event == "call"
+        if count == at:
+            sys.settrace(None)
+            raise KeyboardInterrupt("now")
+
+    sys.settrace(trace)
+    try:
+        work()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
+
+tree = {"a": torch.arange(5)}
+write_tree("tree", tree)
+for work in (lambda: write_tree("tree", tree), lambda: require_writable("tree")):
+    at = 1
+    while interrupted(work, at):
+        assert os.listdir(".") == ["tree"], (at, os.listdir("."))
+        at += 1
+    assert at > 20
+    assert torch.equal(read_tree("tree")["a"], tree["a"])
+print("{}")
+"""
+
+
+def test_an_interrupt_at_the_entry_of_any_call_leaves_nothing(tmp_path: Path) -> None:
+    assert run(EVERY_CALL, tmp_path) == {}
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, SystemExit])
 def test_whatever_fails_while_writing(
     error: type[BaseException],
