@@ -37,6 +37,7 @@ METHODS: dict[str, Callable[[], Method]] = {
     "psap-blocks": partial(Psap, blocks=100),
     "psap-blocks-multiples": partial(Psap, blocks=8, tolerance=2.0, round_to=8),
     "psap-window8": partial(Psap, window=8),
+    "psap-steps10": partial(Psap, prune_steps=10),
     "psap-masked": partial(Psap, late=True),
     "psap-progressive": partial(Psap, progressive=True),
     "psap-foreign": soft.AdaptiveFilters,
