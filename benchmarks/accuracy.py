@@ -28,7 +28,6 @@ from torch.nn import functional as F
 
 import psap
 from benchmarks import rows
-from benchmarks.graphed import Graphed
 from benchmarks.methods import METHODS, Method, Task
 from benchmarks.settings import SETTINGS, SUITES, Setting, as_row
 from psap import data
@@ -163,7 +162,7 @@ class Bench:
     def loop(self, task: Task, method: Method, epochs: int, *, offset: int = 0) -> None:
         """Train; the method prunes."""
         method.begin(task)
-        step, call = 0, Graphed()
+        step = 0
         for epoch in range(epochs):
             for x, y in self.epoch(epoch + offset):
                 task.model.train()
@@ -171,7 +170,7 @@ class Bench:
                 for group in task.optimizer.param_groups:
                     group["lr"] = rate
                 task.optimizer.zero_grad()
-                F.cross_entropy(call(task.model, x), y).backward()
+                F.cross_entropy(task.model(x), y).backward()
                 method.gradients(task)
                 task.optimizer.step()
                 step += 1

@@ -35,7 +35,7 @@ def moved(tensor: Tensor, device: str) -> Tensor:
     initcheck watches our kernels alone, and what another kernel writes counts as never written.
     """
     length = tensor.untyped_storage().nbytes() // tensor.element_size()
-    whole = tensor.as_strided((length,), (1,), 0).to(device, copy=True)
+    whole = tensor.as_strided((length,), (1,), 0).to(device, copy=True)  # no kernel gathers it
     return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
@@ -78,7 +78,7 @@ def ops(dtype: torch.dtype, device: str) -> dict[str, list[Tensor]]:
         "zero_filters_": zeroed,
         "restore_filters_": restored,
     }
-    return {name: [x.cpu() for x in tensors] for name, tensors in found.items()}
+    return {name: [moved(x, "cpu") for x in tensors] for name, tensors in found.items()}
 
 
 def compare(name: str, got: list[Tensor], want: list[Tensor]) -> None:

@@ -81,9 +81,6 @@ SETTINGS = {
     "cifar56-long": Setting(
         data="cifar10", network="resnet56", epochs=8, batch=128, lr=0.05
     ),
-    "cifar56-12": Setting(data="cifar10", network="resnet56", epochs=12, batch=128, lr=0.05),
-    "cifar56-20": Setting(data="cifar10", network="resnet56", epochs=20, batch=128, lr=0.05),
-    "cifar56-40": Setting(data="cifar10", network="resnet56", epochs=40, batch=128, lr=0.05),
     "cifar-vgg": Setting(
         data="cifar10", network="vgg16_bn", start="scratch", images=5000, epochs=4, lr=0.05,
         prune=(0.1, 0.6),
