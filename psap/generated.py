@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import fx, nn
 
+from psap.contexts import Retracer, blocks
+
 
 class Program(fx.GraphModule):
     """A graph module that passes for the module it stands for: attributes, methods, and its class.
@@ -37,6 +39,11 @@ class Program(fx.GraphModule):
             for name, value in _defined(kind).items():
                 setattr(type(self), name, value)
         vars(self).update(own)
+
+    def recompile(self) -> Any:
+        """Generate the code, with ``with`` statements for the blocks of forward()."""
+        self.graph.on_generate_code(lambda known: known or blocks)
+        return super().recompile()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Program:
         """A copy of everything: that of a graph module has only what its graph uses."""
@@ -93,6 +100,7 @@ def _defined(kind: type) -> dict[str, Any]:
 def _unpickled(
     make: Callable[..., fx.GraphModule], given: tuple[Any, ...], kind: type | None
 ) -> Program:
+    given[0]["_tracer_cls"] = Retracer
     plain = make(*given)
     made = Program(plain, plain.graph, type(plain).__name__)
     for table in ("_modules", "_parameters", "_buffers"):  # what the graph does not use, too

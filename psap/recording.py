@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from psap.contexts import interpreting
 from psap.graph import Graph, Side
 from psap.graph.counting import Given
 from psap.graph.inputs import Inputs
@@ -50,14 +51,18 @@ class _Recorder:
 
     def run(self, *args: Any) -> Any:
         """Run the program; keep what rewriting needs to know about every value."""
+        with interpreting() as interpreted:
+            return self._run(iter(args), interpreted)
+
+    def _run(self, given: Iterator[Any], interpreted: Callable[[fx.Node, Any], None]) -> Any:
         values: dict[fx.Node, Any] = {}
-        given = iter(args)
         left = {node: len(node.users) for node in self._program.graph.nodes}
         for node in left:
             inputs, options = fx.map_arg((node.args, node.kwargs), values.__getitem__)
             if node.op == "output":
                 return inputs[0]
             values[node] = self._value(node, _mutable(inputs), _mutable(options), given)
+            interpreted(node, values[node])
             with torch._C.DisableTorchFunction():  # asking for a shape here is no call of forward()
                 self._note(node, values[node])
             for used in node.all_input_nodes:

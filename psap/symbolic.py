@@ -17,6 +17,7 @@ from torch.fx import _symbolic_trace
 from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from psap.contexts import noted
 from psap.errors import ArgumentError, VerificationError
 from psap.multihead import Traceable
 from psap.shared import SharedTracer, Uncompiled
@@ -142,6 +143,12 @@ class _Symbolic(SharedTracer):
         """Every child stays as it is."""
         return True
 
+    def create_arg(self, a: Any) -> Any:
+        """Refuse what forward() has computed from parameters outside of the program."""
+        if isinstance(a, Tensor) and a.grad_fn is not None and a not in self.tensor_attrs:
+            raise TypeError("torch.fx does not see that parameters are used")
+        return super().create_arg(a)
+
     def create_proxy(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> Any:
         """Pass constants themselves to forward(), and check later calls for them."""
         if self._through and kind == "call_function" and _wrapped(target):
@@ -204,7 +211,9 @@ class _Symbolic(SharedTracer):
                 value = self._examples[f"{node.target}()"]
             else:
                 tensors = [*self.root.named_parameters(), *self.root.named_buffers()]
-                value = dict(tensors)[str(node.target)].to("meta")  # getattr() would give a proxy
+                value = (
+                    dict(tensors)[str(node.target)].detach().to("meta")
+                )  # getattr() would give a proxy
             self._known[node] = value
         return self._known[node]
 
@@ -259,7 +268,8 @@ def _symbolic(model: nn.Module, given: Mapping[str, Any], through: bool) -> fx.G
         model.__class__ = Traceable
     try:
         vars(model).update({key: copy.copy(value) for key, value in held.items()})
-        graph = tracer.trace(model)
+        with noted(tracer):
+            graph = tracer.trace(model)
         for node in reversed(list(graph.nodes)):  # what one mode asks for, but does not use
             if not _wrapped(node.target):
                 node.meta.pop("is_wrapped", None)  # it came from inside of such a function
