@@ -40,6 +40,9 @@ METHODS: dict[str, Callable[[], Method]] = {
     "psap-steps10": partial(Psap, prune_steps=10),
     "psap-masked": partial(Psap, late=True),
     "psap-progressive": partial(Psap, progressive=True),
+    "psap-fours": partial(Psap, round_to=4),
+    "psap-fours-masked": partial(Psap, round_to=4, late=True),
+    "psap-fours-progressive": partial(Psap, round_to=4, progressive=True),
     "psap-foreign": soft.AdaptiveFilters,
 }
 """By name; "dense" prunes nothing. What the names mean is in docs/benchmarks.md."""
