@@ -6,10 +6,12 @@ kernels check index ranges again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _MAX_INT32 = 2**31 - 1
@@ -124,6 +126,37 @@ def readable(tensor: Tensor) -> bool:
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
+class _Looked:
+    """What the values of index tensors were found to fit, until they change.
+
+    A training loop passes the same indices at every step, and to look at them is to wait for the
+    device. Kernels leave out what is out of range, in case they change behind PyTorch's back.
+    """
+
+    def __init__(self) -> None:
+        self._found: Any = WeakTensorKeyDictionary()  # tensor -> version, and what it fits
+
+    def at(self, index: Tensor, fits: Hashable) -> bool:
+        """Whether it was said before that this tensor fits this."""
+        if index.is_inference():  # it counts no versions
+            return False
+        version, known = self._found.get(index, (None, ()))
+        return version == index._version and fits in known
+
+    def note(self, index: Tensor, fits: Hashable) -> None:
+        """Say that this tensor fits this."""
+        if index.is_inference():
+            return
+        version, known = self._found.get(index, (None, set()))
+        if version != index._version:
+            known = set()
+        known.add(fits)
+        self._found[index] = (index._version, known)
+
+
+_looked = _Looked()
+
+
 def index_list(name: str, i: int, index: Tensor, device: torch.device) -> None:
     """An int64 list of indices; ``index_ranges`` looks at the values."""
     same_device(name, i, index, device)
@@ -142,11 +175,16 @@ def index_ranges(name: str, lists: dict[int, Tensor], sizes: dict[int, int]) -> 
     """
     if not lists or not readable(next(iter(lists.values()))):
         return
+    lists = {i: index for i, index in lists.items() if not _looked.at(index, sizes[i])}
+    if not lists:
+        return
     lengths = torch.tensor([index.shape[0] for index in lists.values()], device="cpu")
     limits = torch.tensor([sizes[i] for i in lists], device="cpu").repeat_interleave(lengths)
     flat = torch.cat(list(lists.values()))
     wrong = (flat < 0) | (flat >= limits.to(flat.device))
     if not wrong.any():
+        for i, index in lists.items():
+            _looked.note(index, sizes[i])
         return
     for i, index in lists.items():
         for value in index.tolist():
@@ -184,9 +222,12 @@ def zero_arguments(tensors: list[Tensor], keep: list[Tensor]) -> None:
 
 
 def _repeats(index: Tensor) -> bool:
-    if not readable(index):
+    if not readable(index) or _looked.at(index, "unique"):
         return False
-    return bool(index.unique().numel() != index.numel())
+    if index.unique().numel() != index.numel():
+        return True
+    _looked.note(index, "unique")
+    return False
 
 
 def restore_arguments(tensors: list[Tensor], rows: list[Tensor], saved: list[Tensor]) -> None:
@@ -265,23 +306,26 @@ def gate_arguments(
                 )
         wanted_shape = (grad.shape[0], *value.shape[1:])
         shape("grads", k, grad, wanted_shape, "its rows must be shaped like those of its value")
-    if readable(sums):
-        _gate_indices(values, grads, terms.cpu(), offsets.cpu())
+    if not readable(sums):
+        return
+    rows_of = tuple((v.shape[0], g.shape[0]) for v, g in zip(values, grads, strict=True))
+    count = terms.shape[0]
+    if not (_looked.at(terms, rows_of) and _looked.at(offsets, count)):
+        _gate_indices(rows_of, terms.cpu(), offsets.cpu())
+        _looked.note(terms, rows_of)
+        _looked.note(offsets, count)
 
 
-def _gate_indices(
-    values: list[Tensor], grads: list[Tensor], terms: Tensor, offsets: Tensor
-) -> None:
+def _gate_indices(rows_of: tuple[tuple[int, int], ...], terms: Tensor, offsets: Tensor) -> None:
     ends = offsets[[0, -1]].tolist()
     if ends != [0, terms.shape[0]] or bool((offsets.diff() < 0).any()):
         raise ValueError(
             f"offsets run from {ends[0]} to {ends[1]}, wanted an ascending list from 0 to"
             f" {terms.shape[0]}, the number of terms"
         )
-    rows_of = [(v.shape[0], g.shape[0]) for v, g in zip(values, grads, strict=True)]
     sizes = torch.tensor(rows_of, device="cpu")
     pairs = terms[:, 0].long()
-    inside = (pairs >= 0) & (pairs < len(values))
+    inside = (pairs >= 0) & (pairs < len(rows_of))
     if bool(inside.all()) and len(pairs):
         rows = terms[:, 1:]
         inside = ((rows >= 0) & (rows < sizes[pairs])).all(1)
@@ -289,5 +333,5 @@ def _gate_indices(
         at = int((~inside).nonzero()[0, 0])
         raise ValueError(
             f"terms[{at}] is {terms[at].tolist()}, wanted (pair, row of its value, row of its"
-            f" gradient) within {len(values)} pairs and their rows"
+            f" gradient) within {len(rows_of)} pairs and their rows"
         )
