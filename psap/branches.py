@@ -101,10 +101,11 @@ def _of(model: nn.Module, owner: str, program: fx.GraphModule) -> Iterator[Branc
         if not _adds(total):
             continue
         without = [_dead(program.graph, total, x) for x in total.args]
-        weights = [_weights(body, dead) for dead in without]
-        for at, (dead, skip) in enumerate(zip(without, reversed(total.args), strict=True)):
-            children = weights[at]
-            if not children or weights[1 - at] or not _reads(dead) or not _computed(skip):
+        for dead, skip in zip(without, reversed(total.args), strict=True):
+            children = _weights(body, dead)
+            if not children or not _reads(dead) or not _computed(skip):
+                continue
+            if not _is_shortcut(body, program.graph, total, skip):
                 continue
             largest = max(children, key=lambda child: children[child])
             tensors = tuple(_tensors(model, owner, body, program.graph, dead))
@@ -112,6 +113,17 @@ def _of(model: nn.Module, owner: str, program: fx.GraphModule) -> Iterator[Branc
                 continue  # every layer of it is used elsewhere
             block = Block(_join(owner, largest), tensors)
             yield Branch(block, owner, program, total, skip, frozenset(dead))
+
+
+def _is_shortcut(body: nn.Module, graph: fx.Graph, total: fx.Node, value: fx.Node) -> bool:
+    """Whether one of two values that are added has no weights of its own, but those of branches.
+
+    In ``x + a(x) + b(x)``, ``x`` is the shortcut of ``a``, and their sum is that of ``b``.
+    """
+    if not _weights(body, _dead(graph, total, value)):
+        return True
+    parts = value.all_input_nodes if _adds(value) else []
+    return any(_is_shortcut(body, graph, value, part) for part in parts)
 
 
 def _adds(node: fx.Node) -> bool:

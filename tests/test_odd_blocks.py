@@ -212,3 +212,36 @@ class _Spare(_Two):
     def __init__(self) -> None:
         super().__init__()
         self.spare = nn.Parameter(torch.ones(2))
+
+
+@pytest.mark.parametrize("blocks", [["1.a"], ["1.b"], ["1.c"], ["1.a", "1.c"], ["1.*"]])
+def test_parallel_branches_go_one_by_one(blocks: list[str]) -> None:
+    class Parallel(_Two):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.c = nn.BatchNorm2d(8), conv(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(x)
+            return x + self.a(y) + self.b(y) + self.c(y)
+
+    result = psap.drop_blocks(_around(Parallel()), image(), blocks=blocks)
+    gone = {"1.a", "1.b", "1.c"} if blocks == ["1.*"] else set(blocks)
+    assert {block.name for block in result.plan.dropped} == gone
+    left = {name.rsplit(".", 1)[0] for name, _ in result.model.named_parameters()}
+    assert left == {"0", "1.norm", "1.a", "1.b", "1.c", "2"} - gone - (
+        {"1.norm"} if len(gone) == 3 else set()
+    )
+
+
+def test_a_sum_with_a_shortcut_that_has_weights_is_none() -> None:
+    class Down(_Two):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shortcut = conv(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.shortcut(x) + self.a(x) + self.b(x)
+
+    with pytest.raises(psap.ArgumentError, match=r"'1\.b', which is no residual branch"):
+        psap.drop_blocks(_around(Down(), _Two()), image(), blocks=["1.b"])
