@@ -161,7 +161,7 @@ def _plan(graph: Graph, cost: CostModel, chosen: Sequence[Block], inputs: Inputs
         return plan
     small = CostModel(trace(made(graph.model, plan, "graph", inputs), inputs))
     left = {layer.weight: layer for layer in small.layers(small.sizes)}
-    after = [left.get(a.weight, LayerCost(a.weight, (0, *a.shape[1:]), 0)) for a in layers]
+    after = [left.get(a.weight, LayerCost(a.weight, (0,) * len(a.shape), 0)) for a in layers]
     return replace(plan, after=small.dense, layers=tuple(zip(layers, after, strict=True)))
 
 

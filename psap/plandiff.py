@@ -111,16 +111,16 @@ def diff(first: Plan, second: Plan) -> PlanDiff:
     """
     if type(second) is not type(first):
         raise ArgumentTypeError(f"other is a {type(second).__name__}; pass another psap.Plan")
-    if first.architecture != second.architecture:
-        raise ArgumentError(
-            "the plans were made for different models: names or shapes of parameters differ"
-        )
-    gone = [{block.name for block in plan.dropped} for plan in (first, second)]
+    gone = [_gone(plan) for plan in (first, second)]
     if gone[0] != gone[1] or first.without != second.without:
         odd = sorted(gone[0] ^ gone[1]) or ["those that went before"]
         raise ArgumentError(
             f"the plans drop different residual branches ({', '.join(odd)}), and speak of the "
             "channels of different networks"
+        )
+    if first.architecture != second.architecture:
+        raise ArgumentError(
+            "the plans were made for different models: names or shapes of parameters differ"
         )
     sizes = [{group.name: group.size for group in plan.groups} for plan in (first, second)]
     if sizes[0] != sizes[1]:
@@ -141,3 +141,9 @@ def diff(first: Plan, second: Plan) -> PlanDiff:
             groups.append(GroupDiff(group.name, group.size, *only, both, group.part))
     same = len(first.groups) - len(groups)
     return PlanDiff(tuple(groups), same, first.before, first.after, second.after)
+
+
+def _gone(plan: Plan) -> set[str]:
+    """The residual branches that a network loses, or has lost before."""
+    before = {name for names in plan.without for name in names}
+    return before | {block.name for block in plan.dropped}

@@ -103,6 +103,7 @@ def build(
             {**vars(g), "kept": list(g.kept), "layers": list(g.layers)} for g in plan.groups
         ],
         "layers": [_layer(owner, before, after) for before, after in plan.layers],
+        "blocks": result.report.get("blocks") or [],
         "left_alone": [{"layer": k, "reason": why} for k, why in plan.left_alone.items()],
         "steps": [event for event in events if event["kind"] == "prune"],
         "windows": [event for event in events if event["kind"] == "window"],

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import psap
-from psap import data, hazards, measure, record, report
+from psap import data, hazards, measure, record, report, run_blocks, run_machine
 from psap.data import Loader
-from psap.errors import ArgumentError, FileError, PsapError, StateError
+from psap.errors import FileError, PsapError, StateError
 from psap.files import atomic_write
 from psap.models import create
 from psap.plans import Plan
 from psap.progress import Listener, Silent, Stop
 from psap.recipe import write_tree
+from psap.run_blocks import Dropped
 from psap.run_config import RunConfig
 from psap.run_files import (
     CHECKPOINT,
@@ -67,7 +67,11 @@ def train(
         KeyboardInterrupt: after Ctrl-C, when the checkpoint is written.
     """
     listener = listener or Silent()
-    with output_folder(config.out) as folder, _threads(config.cpu_threads()), Stop() as stop:
+    with (
+        output_folder(config.out) as folder,
+        run_machine.threads(config.cpu_threads()),
+        Stop() as stop,
+    ):
         tree = read_checkpoint(folder, config) if resume else None
         if tree is not None:
             torch.set_num_threads(tree["threads"])
@@ -105,7 +109,7 @@ class Run:
     def __init__(self, config: RunConfig, tree: Mapping[str, Any] | None = None) -> None:
         self.config = config
         self.folder = Path(config.out)
-        self.device = _device(config.device)
+        self.device = run_machine.device(config.device)
         self.data = data.load(
             config.data,
             data_dir=config.data_dir,
@@ -135,6 +139,7 @@ class Run:
             self.pruner = psap.Pruner(
                 self.model, self.example, optimizer=self.optimizer, config=config.pruning()
             )
+        self.dropped: Dropped | None = None
         self.result: Result | None = None
         self.epoch = 0
         self.batch = 0
@@ -161,6 +166,8 @@ class Run:
         """
         phase, total = self.config.phase(self.epoch), len(self.data.train)
         began = time.monotonic()
+        if self.config.drop_blocks and phase == "prune" and self.dropped is None:
+            self._drop(stop, listener)
         self.model.train()
         for x, y in self.data.train.epoch(self.epoch, start=self.batch):
             self._train_on(x.to(self.device), y.to(self.device), self.epoch + self.batch / total)
@@ -177,6 +184,30 @@ class Run:
             lines.write(_line(entry))
         listener.epoch(entry)
         stop.check()
+
+    def _drop(self, stop: Stop, listener: Listener) -> None:
+        """Remove residual branches, unless every one matters; then a checkpoint says so."""
+        note, images = listener.note, self.data.train
+        have = (self.model, self.example, self.optimizer, images, self.config)
+        left = run_blocks.drop(*have, note=note, check=stop.check)
+        self.dropped = Dropped.of(None)
+        if left is not None:
+            try:
+                self._shorten(left)
+                note(run_blocks.told(left, images))
+            except PsapError as error:
+                note(f"no residual branch goes: what would be left is refused: {error}")
+        self.save()
+        stop.check()
+
+    def _shorten(self, left: Result) -> None:
+        """From now on the network without some residual branches is what trains."""
+        assert left.optimizer is not None
+        config = run_blocks.pruning(self.config, left)
+        pruner = psap.Pruner(left.model, self.example, optimizer=left.optimizer, config=config)
+        self.pruner.close()
+        self.pruner, self.model, self.optimizer = pruner, left.model, left.optimizer
+        self.dropped = Dropped.of(left)
 
     def _train_on(self, x: Tensor, y: Tensor, epoch: float) -> None:
         """One optimizer step, except on a single image, which batch norm refuses."""
@@ -219,14 +250,16 @@ class Run:
         if self.epoch == dense:
             self._measure_dense()
         if self.epoch == dense + prune:
-            self._take(self.pruner.finish())
+            small = self.pruner.finish()
+            self._take(small if self.dropped is None else self.dropped.whole(small))
         entry["macs_share"] = self._macs_share()
         return entry
 
     def _macs_share(self) -> float:
         if self.result is not None:
             return self.result.plan.after.macs / max(1, self.result.plan.before.macs)
-        return record.macs_share(self.pruner.events)
+        left = 1.0 if self.dropped is None else self.dropped.macs_share
+        return left * record.macs_share(self.pruner.events)
 
     def _measure_dense(self) -> None:
         self.dense_accuracy = evaluate(self.model, self.data.test, self.device)
@@ -257,6 +290,7 @@ class Run:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "pruner": self.pruner.state_dict() if small is None else None,
+            "dropped": None if self.dropped is None else self.dropped.state_dict(),
             "plan": None if small is None else small.plan.to_json(),
             "mode": None if small is None else small.mode,
             "report": None if small is None else small.report,
@@ -279,6 +313,10 @@ class Run:
             ) from error
 
     def _load(self, tree: Mapping[str, Any]) -> None:
+        if (state := tree.get("dropped")) is not None:  # absent in older checkpoints
+            self.dropped = Dropped.from_state(state)
+            if left := self.dropped.again(self.model, self.example, self.optimizer):
+                self._shorten(left)
         if tree["plan"] is not None:
             plan = Plan.from_json(tree["plan"])
             result = apply(
@@ -354,27 +392,5 @@ class Run:
             return None
 
 
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ArgumentError(f"device is {name!r}, which cannot be used: {reason}") from error
-    return device
-
-
 def _line(entry: Mapping[str, Any]) -> str:
     return json.dumps(entry) + "\n"
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """This many threads; then as many as before."""
-    before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -40,6 +40,11 @@ class RunConfig:
             rest trains the small network.
         prune_steps: how often channels are pruned; by default 5, or one less than ``prune_epochs``
             if those are few.
+        drop_blocks: at most so many residual branches go before channels do, those that cost least
+            loss on 1,000 training images: the network gets less deep. Targets are shares of the
+            dense network, whose channels alone must be able to meet them; floors hold for the
+            layers that are left.
+        drop_tolerance: how much that loss may rise, as a share of that of the dense network.
         protect: "price" keeps copies of pruned filters, and more filters where gradients say that
             pruned ones are missed; "gate" just keeps copies, "pulse" also restores those that the
             gradients ask for, "none" just removes.
@@ -83,6 +88,8 @@ class RunConfig:
     dense_epochs: int | None = None
     prune_epochs: int | None = None
     prune_steps: int | None = None
+    drop_blocks: int = 0
+    drop_tolerance: float = 0.5
     protect: Literal["gate", "price", "pulse", "none"] = "price"
     progressive: bool = False
     stream_power: float = 0.5
@@ -105,14 +112,14 @@ class RunConfig:
                 "target_macs and target_parameters are None; pass one, such as target_macs=0.3 "
                 "(on the command line --target-macs 0.3; with --resume repeat all options)"
             )
-        for name, low in (("epochs", 2), ("batch_size", 2), ("seed", 0)):
+        for name, low in (("epochs", 2), ("batch_size", 2), ("seed", 0), ("drop_blocks", 0)):
             _at_least(name, getattr(self, name), low)
         for name, low in (("dense_epochs", 0), ("prune_epochs", 2), ("prune_steps", 1)):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), low)
         if self.threads is not None:
             _at_least("threads", self.threads, 1)
-        for name in ("lr", "lr_warmup", "momentum", "weight_decay"):
+        for name in ("lr", "lr_warmup", "momentum", "weight_decay", "drop_tolerance"):
             _not_negative(name, getattr(self, name))
         if self.lr == 0 or self.momentum >= 1:
             raise ArgumentError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -183,6 +183,16 @@ class Loader:
         if epoch < 0 or start < 0:
             raise ArgumentError(f"epoch {epoch} and start {start}: pass whole numbers >= 0")
         return self._batches(epoch, start)
+
+    def sample(self, most: int) -> Loader:
+        """At most so many of the images, the same ones each time, in a fixed order, unchanged.
+
+        They are read at once, and kept in memory.
+        """
+        order = np.random.default_rng([self.seed, len(self.images)]).permutation(len(self.images))
+        images, labels = self.images.take(torch.from_numpy(np.sort(order[:most])))
+        source = TensorImages(images=images, labels=labels)
+        return replace(self, images=source, augment=Augment(), shuffle=False)
 
     def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
         rng = np.random.default_rng([self.seed, epoch])

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from psap.report import svg
-from psap.report.record import Latency, Layer, Record, number
+from psap.report.reading import number
+from psap.report.record import Latency, Layer, Record
 from psap.report.text import (
     DASH,
     count,

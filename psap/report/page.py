@@ -10,8 +10,9 @@ from datetime import datetime
 from typing import Any
 
 from psap.errors import ArgumentError
-from psap.report import channels, compare, history, sparsity, widths
-from psap.report.record import Record, number
+from psap.report import channels, compare, depth, history, sparsity, widths
+from psap.report.reading import number
+from psap.report.record import Record
 from psap.report.style import SCRIPT, STYLE
 from psap.report.text import (
     DASH,
@@ -26,6 +27,9 @@ from psap.report.text import (
 )
 
 _INTRO = {
+    "depth": "Residual branches that were removed, whole, before channels were pruned: always that"
+    " which cost least loss per share of the MACs. Each bears the name of its largest layer. The"
+    " network was not trained in between.",
     "widths": "Channels that each layer puts out. What is pale was removed, physically: the small"
     " network never computes it.",
     "sparsity": "The share of a group's weights that are small against their layer's spread. The"
@@ -63,10 +67,14 @@ def _lede(record: Record) -> str:
     error = number(record.verification.get("max_relative_error"))
     if error is not None:
         parts.append(
-            "It computes what the dense network with the same channels switched off computes, to a"
-            f" relative error of {scientific(error)}."
+            f"It computes what the dense network with the same {_switched_off(record)} switched off"
+            f" computes, to a relative error of {scientific(error)}."
         )
     return f'<p class="lede">{" ".join(parts)}</p>' if parts else ""
+
+
+def _switched_off(record: Record) -> str:
+    return "branches and channels" if depth.gone(record.blocks) else "channels"
 
 
 def _date(created: str) -> str:
@@ -171,6 +179,7 @@ def _closing(record: Record) -> str:
 
 
 def _sections(record: Record) -> str:
+    gone = depth.gone(record.blocks)
     told = "channels" if record.steps or record.windows else "plain channels"
     parts = [
         _section(
@@ -180,6 +189,7 @@ def _sections(record: Record) -> str:
             "compare",
         ),
     ]
+    parts.append(_section("Less depth", _INTRO["depth"], depth.section(record.blocks)))
     if record.layers:
         parts.append(_section("Widths", _INTRO["widths"], widths.section(record.layers)))
     parts.append(
@@ -198,13 +208,14 @@ def _sections(record: Record) -> str:
     )
     if record.groups:
         content = channels.section(record.groups, record.steps, record.windows)
-        parts.append(_section("Every channel", _INTRO[told], content))
+        more = " Those of the dropped branches are not among them." if gone else ""
+        parts.append(_section("Every channel", _INTRO[told] + more, content))
     parts.append(_section("Left alone", _INTRO["alone"], _left_alone(record)))
     parts.append(
         _section(
             "Verification",
-            "The small network against the dense one with the same channels switched off, on"
-            " real-valued inputs.",
+            "The small network against the dense one with the same"
+            f" {_switched_off(record)} switched off, on real-valued inputs.",
             _verification(record),
         )
     )
