@@ -90,6 +90,7 @@ class _Notes:
         self._given: dict[int, tuple[Any, ...]] = {}
         self._open: list[_Open] = []
         self._loose: Any = None  # a torch.set_grad_enabled() that may be no block
+        self._made_after: fx.Node | None = None  # what was recorded before it
         self._grad = True
 
     def made(self, make: Callable[..., None], block: Any, *args: Any, **kwargs: Any) -> None:
@@ -103,7 +104,7 @@ class _Notes:
         else:
             self._require_block(block)
             make(block, *args, **kwargs)
-            self._loose = block
+            self._loose, self._made_after = block, self._last()
 
     def enter(self, enter: Callable[..., Any], block: Any) -> Any:
         """Enter a block, and record it.
@@ -138,10 +139,13 @@ class _Notes:
         loose = self._loose
         swallowed = leave(block, *error)
         self._loose = loose
+        at = max((at for at, (held, *_) in enumerate(self._open) if held is block), default=None)
+        last, node = at == len(self._open) - 1, None
+        if at is not None:  # `close` must not leave it once more
+            _, node, self._grad = self._open.pop(at)
         self._require_block(None)
-        if not self._open or self._open[-1].block is not block:
+        if not last:
             raise RuntimeError(f"forward() leaves {_kind(block)} before what it entered later")
-        _, node, self._grad = self._open.pop()
         if node is None:
             return swallowed
         if node.next.op == "root":
@@ -156,8 +160,14 @@ class _Notes:
             return self._given.get(id(block), (block, *own))[1:]
         return (getattr(block, "mode", isinstance(block, torch.enable_grad)),)
 
+    def _last(self) -> fx.Node | None:
+        return next(iter(reversed(self._tracer.graph.nodes)), None)
+
     def _require_block(self, block: Any) -> None:
-        if self._loose is not None and self._loose is not block:
+        """Check that what switches gradients is a block, and was entered as soon as it was made."""
+        if self._loose is None:
+            return
+        if self._loose is not block or self._last() is not self._made_after:
             raise RuntimeError(
                 "forward() calls torch.set_grad_enabled() outside of a with statement"
             )
