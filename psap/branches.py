@@ -101,12 +101,14 @@ def _of(model: nn.Module, owner: str, program: fx.GraphModule) -> Iterator[Branc
         if not _adds(total):
             continue
         without = [_dead(program.graph, total, x) for x in total.args]
-        for dead, skip in zip(without, reversed(total.args), strict=True):
+        for dead, other, skip in zip(without, total.args, reversed(total.args), strict=True):
             children = _weights(body, dead)
             if not children or not _reads(dead) or not _computed(skip):
                 continue
             if not _is_shortcut(body, program.graph, total, skip):
                 continue
+            if _is_shortcut(body, program.graph, total, other):
+                continue  # it is a shortcut with a branch of its own
             largest = max(children, key=lambda child: children[child])
             tensors = tuple(_tensors(model, owner, body, program.graph, dead))
             if not tensors:
@@ -120,10 +122,23 @@ def _is_shortcut(body: nn.Module, graph: fx.Graph, total: fx.Node, value: fx.Nod
 
     In ``x + a(x) + b(x)``, ``x`` is the shortcut of ``a``, and their sum is that of ``b``.
     """
-    if not _weights(body, _dead(graph, total, value)):
+    dead = _dead(graph, total, value)
+    if not _weights(body, dead):
         return True
-    parts = value.all_input_nodes if _adds(value) else []
-    return any(_is_shortcut(body, graph, value, part) for part in parts)
+    firsts = (x for x in _terms(value) if x is not value and _computed(x))
+    return any(not _weights(body, dead & _before([first], set())) for first in firsts)
+
+
+def _terms(value: fx.Node) -> Nodes:
+    """A value, and if it is a sum, all that is added."""
+    found: Nodes = set()
+    left = [value]
+    while left:
+        node = left.pop()
+        if node not in found:
+            found.add(node)
+            left += node.all_input_nodes if _adds(node) else []
+    return found
 
 
 def _adds(node: fx.Node) -> bool:

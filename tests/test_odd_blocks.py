@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import psap
+from psap.branches import branches
 from psap.cli import main
 from psap.models import resnet20
 
@@ -245,3 +246,40 @@ def test_a_sum_with_a_shortcut_that_has_weights_is_none() -> None:
 
     with pytest.raises(psap.ArgumentError, match=r"'1\.b', which is no residual branch"):
         psap.drop_blocks(_around(Down(), _Two()), image(), blocks=["1.b"])
+
+
+class _Streams(_Two):
+    """A sum of two values, each of which may be a sum itself."""
+
+    def __init__(self, total: Any) -> None:
+        super().__init__()
+        self.other, self.place = conv(8, 8), nn.Parameter(torch.ones(1, 8, 1, 1))
+        self.total = total
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.total(self, x)
+        return found
+
+
+def _one_each(m: Any, x: Tensor) -> Tensor:
+    return (x + m.a(x)) + (x + m.b(x))
+
+
+def _fused(m: Any, x: Tensor) -> Tensor:
+    second = m.other(x).relu()
+    return m.a(x) + (second + m.b(second))
+
+
+def _placed(m: Any, x: Tensor) -> Tensor:
+    return m.a(x) + (m.place + m.b(x))
+
+
+@pytest.mark.parametrize(
+    ("total", "wanted"), [(_one_each, {"1.a", "1.b"}), (_fused, {"1.b"}), (_placed, set())]
+)
+def test_sums_of_sums(total: Any, wanted: set[str]) -> None:
+    model = _around(_Streams(total))
+    found = {branch.block.name for branch in branches(model, (image(),))}
+    assert found == wanted
+    if found:
+        psap.drop_blocks(model, image(), blocks=sorted(found))
