@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from psap.custom import whole
+
 GRADIENTS = (torch.no_grad, torch.enable_grad, torch.set_grad_enabled, torch.inference_mode)
 """Blocks that say whether gradients are computed."""
 
@@ -248,8 +250,8 @@ class Retracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        """What ``torch.fx.Tracer.trace`` gives, with the blocks."""
-        with noted(self):
+        """What ``torch.fx.Tracer.trace`` gives, with blocks and autograd functions."""
+        with noted(self), whole(self):
             return super().trace(root, concrete_args)
 
 

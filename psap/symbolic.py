@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from psap.contexts import noted
+from psap.custom import whole
 from psap.errors import ArgumentError, VerificationError
 from psap.multihead import Traceable
 from psap.shared import SharedTracer, Uncompiled
@@ -268,7 +269,7 @@ def _symbolic(model: nn.Module, given: Mapping[str, Any], through: bool) -> fx.G
         model.__class__ = Traceable
     try:
         vars(model).update({key: copy.copy(value) for key, value in held.items()})
-        with noted(tracer):
+        with noted(tracer), whole(tracer):
             graph = tracer.trace(model)
         for node in reversed(list(graph.nodes)):  # what one mode asks for, but does not use
             if not _wrapped(node.target):
