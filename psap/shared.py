@@ -6,6 +6,7 @@ what it knows of the thousands of its subclasses, which takes longer than tracin
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, TypeVar
@@ -15,7 +16,20 @@ from torch import Tensor, fx, nn
 Result = TypeVar("Result")
 
 
-class _Once(fx.Tracer):
+class _OneThread(fx.Tracer):
+    """A tracer that has nothing to do with the modules that other threads call meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    @property
+    def asked(self) -> bool:
+        """Whether the thread that runs is the one that traces."""
+        return threading.get_ident() == self._thread
+
+
+class _Once(_OneThread):
     """Holds the change, and passes all questions to the tracer that is at work."""
 
     def __init__(self) -> None:
@@ -30,7 +44,7 @@ class _Once(fx.Tracer):
         kwargs: dict[str, Any],
     ) -> Any:
         """Note a call of a child of the module that is traced."""
-        if self.current is None:
+        if self.current is None or not self.asked:
             return forward(*args, **kwargs)
         if m is self.current.root:
             return self.current.follow()
@@ -38,7 +52,7 @@ class _Once(fx.Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Read an attribute for the module that is traced."""
-        if self.current is None:
+        if self.current is None or not self.asked:
             return attr_val
         return self.current.getattr(attr, attr_val, self.current.proxies)
 
@@ -62,8 +76,24 @@ def together(work: Callable[[], Result]) -> Result:
     return results[0]
 
 
-class SharedTracer(fx.Tracer):
+class SharedTracer(_OneThread):
     """A tracer of modules that is quick inside of `together`."""
+
+    def call_module(
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Note a call of a child of the module that is traced."""
+        if not self.asked:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Read an attribute for the module that is traced."""
+        return super().getattr(attr, attr_val, parameter_proxy_cache) if self.asked else attr_val
 
     def trace(
         self, root: nn.Module | Callable[..., Any], concrete_args: dict[str, Any] | None = None
