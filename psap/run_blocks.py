@@ -16,7 +16,7 @@ from psap.blocks import drop_blocks
 from psap.choices import within
 from psap.config import Config
 from psap.data import Loader
-from psap.errors import PsapError, PsapWarning
+from psap.errors import PsapError, PsapWarning, StateError
 from psap.members import all_tensors
 from psap.plans import Plan
 from psap.run_config import RunConfig
@@ -57,10 +57,23 @@ class Dropped:
 
     @staticmethod
     def from_state(state: Mapping[str, Any]) -> Dropped:
-        """What `state_dict` gave."""
-        text = state["plan"]
+        """What `state_dict` gave.
+
+        Raises:
+            StateError: it is something else; the end of the run would fail on it.
+        """
+        text, report = state["plan"], state["report"]
         plan = None if text is None else Plan.from_json(text)
-        return Dropped(plan=plan, report=state["report"])
+        try:
+            for entry in report["blocks"]:
+                float(entry["loss"]), float(entry["macs_share"]), entry["block"]
+            if plan is not None:
+                _both(report["verification"], report["verification"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise StateError(
+                "it does not tell which residual branches have gone, and what the losses were"
+            ) from error
+        return Dropped(plan=plan, report=report)
 
     def again(
         self, model: nn.Module, example: Tensor, optimizer: torch.optim.Optimizer
