@@ -130,7 +130,7 @@ class _Looked:
     """What the values of index tensors were found to fit, until they change.
 
     A training loop passes the same indices at every step, and to look at them is to wait for the
-    device. Kernels leave out what is out of range, in case they change behind PyTorch's back.
+    device. Those of a CPU are looked at each time: NumPy may change them behind PyTorch's back.
     """
 
     def __init__(self) -> None:
@@ -138,20 +138,25 @@ class _Looked:
 
     def at(self, index: Tensor, fits: Hashable) -> bool:
         """Whether it was said before that this tensor fits this."""
-        if index.is_inference():  # it counts no versions
+        if not _waits(index):
             return False
         version, known = self._found.get(index, (None, ()))
         return version == index._version and fits in known
 
     def note(self, index: Tensor, fits: Hashable) -> None:
         """Say that this tensor fits this."""
-        if index.is_inference():
+        if not _waits(index):
             return
         version, known = self._found.get(index, (None, set()))
         if version != index._version:
             known = set()
         known.add(fits)
         self._found[index] = (index._version, known)
+
+
+def _waits(index: Tensor) -> bool:
+    """Whether looking waits for a device, and changes are counted."""
+    return not (index.is_cpu or index.is_inference())
 
 
 _looked = _Looked()

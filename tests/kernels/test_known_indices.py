@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import psap_kernels
+from psap_kernels import _checks
 
 
 @pytest.fixture(autouse=True)
@@ -16,6 +17,11 @@ def python_checks() -> Iterator[None]:
     """The compiled kernels check in C++, each time."""
     with psap_kernels.use_backend("reference"):
         yield
+
+
+@pytest.fixture
+def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_checks, "_waits", lambda index: not index.is_inference())
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, name: str) -> list[str]:
@@ -30,6 +36,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, name: str) -> list[str]:
     return calls
 
 
+@pytest.mark.usefixtures("as_on_a_device")
 def test_rows_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = counted(monkeypatch, "unique")
     tensor, rows = torch.zeros(4, 2), torch.tensor([0, 2])
@@ -40,6 +47,7 @@ def test_rows_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == 2
 
 
+@pytest.mark.usefixtures("as_on_a_device")
 def test_rows_that_changed_are_looked_at_again() -> None:
     tensor, rows, saved = torch.zeros(4, 2), torch.tensor([0, 2]), torch.ones(2, 2)
     psap_kernels.restore_filters_([tensor], [rows], [saved])
@@ -54,6 +62,7 @@ def test_rows_that_changed_are_looked_at_again() -> None:
     assert tensor[3].tolist() == [1, 1]
 
 
+@pytest.mark.usefixtures("as_on_a_device")
 def test_rows_are_looked_at_for_every_size() -> None:
     rows, saved = torch.tensor([0, 3]), torch.ones(2, 2)
     psap_kernels.restore_filters_([torch.zeros(4, 2)], [rows], [saved])
@@ -61,6 +70,7 @@ def test_rows_are_looked_at_for_every_size() -> None:
         psap_kernels.restore_filters_([torch.zeros(3, 2)], [rows], [saved])
 
 
+@pytest.mark.usefixtures("as_on_a_device")
 def test_inference_tensors_count_no_versions() -> None:
     with torch.inference_mode():
         tensor, rows, saved = torch.zeros(4, 2), torch.tensor([0, 2]), torch.ones(2, 2)
@@ -78,6 +88,7 @@ def gate(terms: Tensor, offsets: Tensor, rows: int = 3) -> Tensor:
     return sums
 
 
+@pytest.mark.usefixtures("as_on_a_device")
 def test_terms_are_looked_at_once_and_again_when_they_changed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -97,3 +108,11 @@ def test_terms_are_looked_at_once_and_again_when_they_changed(
     offsets[1] = 3
     with pytest.raises(ValueError, match="offsets run from 0 to 2"):
         gate(terms, offsets)
+
+
+def test_on_a_cpu_they_are_looked_at_each_time() -> None:
+    tensor, rows, saved = torch.zeros(4, 2), torch.tensor([0, 2]), torch.ones(2, 2)
+    psap_kernels.restore_filters_([tensor], [rows], [saved])
+    rows.numpy()[1] = 0
+    with pytest.raises(ValueError, match="names a row twice"):
+        psap_kernels.restore_filters_([tensor], [rows], [saved])
