@@ -72,7 +72,7 @@ def test_images_of_training_validation_and_test_are_apart() -> None:
     bench = accuracy.Bench(TINY, 3)
     train, val = bench.train.images, bench.val.images
     whole, kept = train.source.source.indices, train.source.indices[train.indices]
-    assert len(train) == 160 and train.source.source is val.source
+    assert len(train) == TINY.images and train.source.source is val.source
     assert not set(whole[kept].tolist()) & set(whole[val.indices].tolist())
     assert not set(whole.tolist()) & set(bench.spec.test.images.indices.tolist())
 
