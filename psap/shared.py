@@ -16,20 +16,7 @@ from torch import Tensor, fx, nn
 Result = TypeVar("Result")
 
 
-class _OneThread(fx.Tracer):
-    """A tracer that has nothing to do with the modules that other threads call meanwhile."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._thread = threading.get_ident()
-
-    @property
-    def asked(self) -> bool:
-        """Whether the thread that runs is the one that traces."""
-        return threading.get_ident() == self._thread
-
-
-class _Once(_OneThread):
+class _Once(fx.Tracer):
     """Holds the change, and passes all questions to the tracer that is at work."""
 
     def __init__(self) -> None:
@@ -44,17 +31,17 @@ class _Once(_OneThread):
         kwargs: dict[str, Any],
     ) -> Any:
         """Note a call of a child of the module that is traced."""
-        if self.current is None or not self.asked:
+        tracer = self.current  # once: another thread may ask while this one ends a trace
+        if tracer is None or not tracer.asked:
             return forward(*args, **kwargs)
-        if m is self.current.root:
-            return self.current.follow()
-        return self.current.call_module(m, forward, args, kwargs)
+        return tracer.follow() if m is tracer.root else tracer.call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Read an attribute for the module that is traced."""
-        if self.current is None or not self.asked:
+        tracer = self.current
+        if tracer is None or not tracer.asked:
             return attr_val
-        return self.current.getattr(attr, attr_val, self.current.proxies)
+        return tracer.getattr(attr, attr_val, tracer.proxies)
 
 
 _ONCE: ContextVar[_Once | None] = ContextVar("_ONCE", default=None)
@@ -76,8 +63,20 @@ def together(work: Callable[[], Result]) -> Result:
     return results[0]
 
 
-class SharedTracer(_OneThread):
-    """A tracer of modules that is quick inside of `together`."""
+class SharedTracer(fx.Tracer):
+    """A tracer of modules that is quick inside of `together`.
+
+    It has nothing to do with the modules that other threads call meanwhile.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    @property
+    def asked(self) -> bool:
+        """Whether the thread that runs is the one that traces."""
+        return threading.get_ident() == self._thread
 
     def call_module(
         self,

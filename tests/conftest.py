@@ -65,3 +65,17 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip("set PSAP_DATA_DIR to a folder with cifar10-jpeg/ and cifar-resnets/")
     return folder
+
+
+@pytest.fixture(scope="module")
+def no_export() -> Iterator[None]:
+    """Runs without exports, which have tests of their own and take longer than tiny runs.
+
+    Factories of networks in the tests are found by name.
+    """
+    from psap import run as runs
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parent))
+        patch.setattr(runs.Run, "_export", lambda self, listener: None)
+        yield

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -22,6 +21,8 @@ from psap.errors import ArgumentError, ArgumentTypeError, FileError, PsapError, 
 from psap.models.resnet import PaddedBlock
 from psap.run import train
 from psap.run_config import RunConfig, difference
+
+pytestmark = pytest.mark.usefixtures("no_export")
 
 TINY: dict[str, Any] = {
     "target_macs": 0.5,
@@ -79,15 +80,6 @@ class Interrupts:
 
     def note(self, text: str) -> None:
         raise AssertionError(text)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_export() -> Iterator[None]:
-    """Exports and timings have tests of their own, and take longer than these runs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(Path(__file__).parent))
-        patch.setattr(runs.Run, "_export", lambda self, listener: None)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ from psap.models import digits_resnet
 from psap.models.resnet import PaddedBlock
 from psap.run import train
 from psap.run_config import RunConfig
+
+pytestmark = pytest.mark.usefixtures("no_export")
 
 TINY: dict[str, Any] = {
     "arch": "test_run_blocks:deep",
@@ -109,14 +110,6 @@ class Listener:
 def silenced(net: nn.Module) -> int:
     """How many layers have zeros as weights."""
     return sum(not p.any() for p in net.parameters() if p.dim() > 1)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_export() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(Path(__file__).parent))
-        patch.setattr(runs.Run, "_export", lambda self, listener: None)
-        yield
 
 
 @pytest.fixture(scope="module")
