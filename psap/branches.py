@@ -101,14 +101,13 @@ def _of(model: nn.Module, owner: str, program: fx.GraphModule) -> Iterator[Branc
         if not _adds(total):
             continue
         without = [_dead(program.graph, total, x) for x in total.args]
-        for dead, other, skip in zip(without, total.args, reversed(total.args), strict=True):
+        shortcut = [_is_shortcut(body, *pair) for pair in zip(without, total.args, strict=True)]
+        for at, (dead, skip) in enumerate(zip(without, reversed(total.args), strict=True)):
             children = _weights(body, dead)
             if not children or not _reads(dead) or not _computed(skip):
                 continue
-            if not _is_shortcut(body, program.graph, total, skip):
-                continue
-            if _is_shortcut(body, program.graph, total, other):
-                continue  # it is a shortcut with a branch of its own
+            if shortcut[at] or not shortcut[1 - at]:
+                continue  # it may be a shortcut with a branch of its own
             largest = max(children, key=lambda child: children[child])
             tensors = tuple(_tensors(model, owner, body, program.graph, dead))
             if not tensors:
@@ -117,12 +116,16 @@ def _of(model: nn.Module, owner: str, program: fx.GraphModule) -> Iterator[Branc
             yield Branch(block, owner, program, total, skip, frozenset(dead))
 
 
-def _is_shortcut(body: nn.Module, graph: fx.Graph, total: fx.Node, value: fx.Node) -> bool:
+def _is_shortcut(body: nn.Module, dead: Nodes, value: fx.Node) -> bool:
     """Whether one of two values that are added has no weights of its own, but those of branches.
 
     In ``x + a(x) + b(x)``, ``x`` is the shortcut of ``a``, and their sum is that of ``b``.
+
+    Args:
+        body: the module that adds.
+        dead: what nobody needs if the value is not added.
+        value: the value.
     """
-    dead = _dead(graph, total, value)
     if not _weights(body, dead):
         return True
     firsts = (x for x in _terms(value) if x is not value and _computed(x))
